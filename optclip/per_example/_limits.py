@@ -1,0 +1,78 @@
+"""Limits as a prefix tree of the parameters, and coefficients from the squared norms of the leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip.per_example._rules import Rule
+
+__all__ = ["Limits", "Weights", "resolve", "weigh"]
+
+
+class Limits(NamedTuple):
+    """``values[g]`` limits the joint norm of the leaves with ``group[leaf] == g``; ``tree`` is the caller's prefix."""
+
+    values: list
+    group: list[int]
+    tree: Any
+
+
+class Weights(NamedTuple):
+    """What each example is worth: one coefficient per group, and which examples count at all."""
+
+    norms: list[jax.Array]  # per group, shape [B]
+    coefs: list[jax.Array]  # per group, shape [B]; 0 where not kept
+    keep: jax.Array | None  # bool[B]; None: all of them
+    nonfinite: jax.Array  # bool[B]
+
+
+def resolve(name: str, max_norm: Any, params_tree: Any) -> Limits:
+    """Matches a scalar or a prefix tree of scalars with the parameters."""
+    placeholder = jax.tree.unflatten(params_tree, range(params_tree.num_leaves))
+    values, tree = jax.tree.flatten(max_norm)
+    try:
+        subtrees = tree.flatten_up_to(placeholder)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{name}: max_norm must be a scalar or a prefix of the parameter tree: {error}") from None
+    group = [0] * params_tree.num_leaves
+    for g, subtree in enumerate(subtrees):
+        for leaf in jax.tree.leaves(subtree):
+            group[leaf] = g
+    return Limits([_limit(name, v) for v in values], group, tree)
+
+
+def _limit(name: str, value: Any) -> Any:
+    if jnp.shape(value) != ():
+        raise ValueError(f"{name}: every limit in max_norm must be a scalar, not of shape {jnp.shape(value)}")
+    if not isinstance(value, jax.Array) and not value > 0:
+        raise ValueError(f"{name}: max_norm must be > 0, not {value}")
+    return value
+
+
+def weigh(
+    limits: Limits, rule: Rule, squares: Sequence[jax.Array], losses: jax.Array, mask: jax.Array | None, drop: bool
+) -> Weights:
+    """Norms and coefficients from the squared norm [B] of every leaf.
+
+    A non-finite norm gives the coefficient NaN, so that the aggregate is loudly NaN, or drops the example (``drop``).
+    """
+    norms = []
+    for g in range(len(limits.values)):
+        parts = [s for s, leaf_group in zip(squares, limits.group, strict=True) if leaf_group == g]
+        norms.append(jnp.sqrt(sum(parts)) if parts else jnp.zeros(losses.shape, jnp.float32))
+    finite = jnp.isfinite(losses)
+    for norm in norms:
+        finite &= jnp.isfinite(norm)
+    keep = mask
+    if drop:
+        keep = finite if mask is None else finite & mask
+    coefs = []
+    for norm, limit in zip(norms, limits.values, strict=True):
+        coef = rule(norm, jnp.asarray(limit, norm.dtype))
+        coef = jnp.where(jnp.isfinite(norm), coef, jnp.nan)
+        coefs.append(coef if keep is None else jnp.where(keep, coef, 0))
+    return Weights(norms, coefs, keep, ~finite if mask is None else ~finite & mask)
