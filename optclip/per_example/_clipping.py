@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.per_example import _reference as _engine
+from optclip.per_example import _engine
 from optclip.per_example._front import Call, Signature, prepare
 from optclip.per_example._limits import Limits, Weights, resolve, weigh
 from optclip.per_example._rules import Rule, hard
@@ -169,7 +169,7 @@ def value_and_norms(
         limits = resolve(name, prefix, call.params_tree)
 
         def step(examples: list, mask: jax.Array | None) -> tuple[list, tuple]:
-            losses, aux, squares = _engine.measure(call, examples)
+            losses, aux, squares = _engine.measure_norms(call, examples)
             return [], (losses, aux, weigh(limits, hard, squares, losses, mask, False))
 
         _, (losses, aux, weights) = _in_microbatches(step, call, None, microbatch)

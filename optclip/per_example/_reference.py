@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from optclip.per_example._front import Call
 from optclip.per_example._limits import Weights
 
-__all__ = ["clip", "measure"]
+__all__ = ["clip", "measure_norms"]
 
 
 def _gradients(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, list[jax.Array], list[jax.Array]]:
@@ -24,7 +24,7 @@ def _gradients(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, l
     return losses, aux, wide, [jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in wide]
 
 
-def measure(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, list[jax.Array]]:
+def measure_norms(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, list[jax.Array]]:
     """Losses [B], aux [B, ...] and, per parameter leaf, the squared norm [B] of each example's gradient."""
     losses, aux, _, squares = _gradients(call, examples)
     return losses, aux, squares

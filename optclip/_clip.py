@@ -1,0 +1,107 @@
+"""The hall: a clipper measures the updates, asks a threshold how much is allowed, and responds.
+
+    sizes = measure(updates)
+    limits, rule = threshold.update(sizes, state.rule, params)
+    updates = response(updates, sizes, limits)
+
+Sizes and limits are prefix trees of the updates; their depth is the scope.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _mesh, _numerics
+from optclip._rules import Threshold, fixed
+from optclip.measures import Measure, Sizes, Updates
+from optclip.responses import Response, rescale
+
+
+class ClipStats(NamedTuple):
+    """What the last step measured and allowed, before the clip.
+
+    Attributes:
+      sizes: the pre-clip sizes, a prefix tree of the updates, float32 (float64).
+      limits: their limits, likewise; infinity before the first step.
+    """
+
+    sizes: Sizes
+    limits: Any
+
+
+class ClipState(NamedTuple):
+    """The state of a clipper.
+
+    Attributes:
+      rule: the memory of the threshold, for its next step.
+      stats: `ClipStats` for people, or None if they are not recorded. Nothing in the clipper reads them.
+    """
+
+    rule: Any
+    stats: ClipStats | None
+
+
+def clip_by(
+    measure: Measure, threshold: Threshold | Any, response: Response = rescale, *, record: bool = True
+) -> optax.GradientTransformationExtraArgs:
+    """Mix your own clipper: a measure, a threshold and a response.
+
+    Args:
+      measure: maps updates to sizes (see `optclip.measures`).
+      threshold: a rule (see `optclip.thresholds`), or a number, schedule or prefix tree of them for a fixed limit.
+      response: what happens to an update given its size and limit (see `optclip.responses`).
+      record: whether the state keeps the sizes and limits of the last step, for `optclip.summary`.
+
+    Returns:
+      An Optax transformation with a `ClipState`.
+
+    Guarantees:
+      Structure, shapes, dtypes and weak types of updates and state never change. Leaves without a gradient (integers,
+      float0, None, masked) pass untouched. A size that is not finite turns the updates of its scope into NaN.
+
+    Example:
+      >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)  # doctest: +SKIP
+    """
+    rule = threshold if isinstance(threshold, Threshold) else fixed(threshold)
+
+    def init(params: Any) -> ClipState:
+        with _mesh.shapes_only():
+            sizes = jax.eval_shape(measure, params)
+            memory = rule.init(sizes)
+            if not record:
+                return ClipState(memory, None)
+            limits, _ = jax.eval_shape(rule.update, sizes, memory, params)
+        fill = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)
+        return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
+
+    def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
+        sizes = measure(updates)
+        limits, memory = rule.update(sizes, state.rule, params, **extra)
+        stats = state.stats
+        if stats is not None:
+            stats = cast_tree(ClipStats(sizes, limits), stats)
+        return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
+    """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
+
+    def one(update: Any, size: Any, limit: Any) -> Any:
+        if not _numerics.is_gradient(update):
+            return update
+        update = jnp.asarray(update)
+        wide = update.astype(jnp.promote_types(update.dtype, jnp.float32))
+        real = jnp.finfo(wide.dtype).dtype
+        size, limit = (jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), real)) for x in (size, limit))
+        return _numerics.cast_like(response(wide, size, limit), update)
+
+    return jax.tree.map(one, updates, jax.tree.broadcast(sizes, updates), jax.tree.broadcast(limits, updates))
+
+
+def cast_tree(new: Any, old: Any) -> Any:
+    """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
+    return jax.tree.map(lambda n, o: jnp.asarray(n).astype(jnp.result_type(o)), new, old)

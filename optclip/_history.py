@@ -1,0 +1,113 @@
+"""Rules with a history, written once for any scope: what is allowed, what is remembered, and a way out when stuck.
+
+A rule says three things about one array of sizes: its empty memory, the limit it makes of its memory, and how a value
+enters that memory. `history` adds what all of them share: warm-up, what is fed, and patience.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _checks
+from optclip._rules import Threshold, per_size, resolve, select
+
+Feed = Callable[[jax.Array, jax.Array], jax.Array]  # (size, limit) -> the value that enters the memory; NaN for none
+
+
+def raw(size: jax.Array, limit: jax.Array) -> jax.Array:
+    """Feeds the size before the clip: follows any shift of the level, and is moved by every spike."""
+    del limit
+    return size
+
+
+def clipped(size: jax.Array, limit: jax.Array) -> jax.Array:
+    """Feeds the size after the clip, min(size, limit): spikes hardly move it, a lasting shift is followed slowly."""
+    return jnp.minimum(size, limit)
+
+
+def winsorized(factor: float = 10.0) -> Feed:
+    """Feeds min(size, factor * limit): between `raw` (infinite factor) and `clipped` (factor 1)."""
+    _checks.check_positive("winsorized", "factor", factor)
+
+    def feed(size: jax.Array, limit: jax.Array) -> jax.Array:
+        return jnp.minimum(size, jnp.asarray(factor, size.dtype) * limit)
+
+    return feed
+
+
+def accepted(size: jax.Array, limit: jax.Array) -> jax.Array:
+    """Feeds sizes up to the limit, and nothing on a spike."""
+    return jnp.where(size <= limit, size, jnp.nan)
+
+
+class History(NamedTuple):
+    """The memory of a rule with a history; S is the shape of the sizes (see `optclip.thresholds.per_size`).
+
+    Attributes:
+      step: int32[S], updates seen, if the knob is a schedule; else ().
+      count: int32[S], values that entered since the start, or since patience last ran out.
+      streak: int32[S], clips in a row.
+      inner: the rule's own arrays.
+    """
+
+    step: Any
+    count: jax.Array
+    streak: jax.Array
+    inner: Any
+
+
+def history(
+    init: Callable[[jax.Array], Any],
+    limit: Callable[..., jax.Array],
+    feed: Callable[..., Any],
+    *,
+    knob: Any = (),
+    feeding: Feed = raw,
+    warmup: int = 0,
+    warmup_limit: Any = jnp.inf,
+    patience: int | None = None,
+) -> Threshold:
+    """A threshold of any scope from a rule with a history.
+
+    Args:
+      init: ``size -> inner``, the empty memory (a NamedTuple of arrays whose shapes start with that of ``size``).
+      limit: ``(size, inner, count, knob) -> limit``, before the size is fed.
+      feed: ``(value, inner, count) -> inner``, the memory with one more value.
+      knob: the limit-like argument (a factor, a z-score): a number, a traced scalar or a schedule of the step.
+      feeding: what enters the memory: `raw`, `clipped`, `winsorized(factor)` or `accepted`.
+      warmup: values to collect first; until then the limit is ``warmup_limit``.
+      warmup_limit: > 0, the static limit during warm-up; infinity passes everything.
+      patience: after so many clips in a row the memory starts afresh, and the step passes under ``warmup_limit``:
+        a new level is accepted within ``patience + warmup`` steps. Sizes of zero, which say nothing about the level,
+        are then not fed either. None leaves the rule as it is.
+
+    A size that is not finite changes nothing in the memory.
+    """
+
+    def start(size: jax.Array) -> History:
+        zero = jnp.zeros(jnp.shape(size), jnp.int32)
+        return History(zero if callable(knob) else (), zero, zero, init(size))
+
+    def step(size: jax.Array, memory: History, **extra: Any) -> tuple[jax.Array, History]:
+        del extra
+        knobs = resolve(knob, memory.step)
+        count, inner = memory.count, memory.inner
+        resting = jnp.asarray(warmup_limit, size.dtype)
+        allowed = limit(size, inner, count, knobs)
+        if warmup:
+            allowed = jnp.where(count < warmup, resting, allowed)
+        streak = jnp.where(size > allowed, memory.streak + 1, 0)
+        if patience is not None:
+            stuck = streak >= patience
+            inner = select(stuck, init(size), inner)
+            count, streak = jnp.where(stuck, 0, count), jnp.where(stuck, 0, streak)
+            allowed = jnp.where(stuck, resting, allowed)
+        value = feeding(size, allowed)
+        enters = jnp.isfinite(value) if patience is None else jnp.isfinite(value) & (value > 0)
+        fed = feed(jnp.where(enters, value, jnp.ones_like(value)), inner, count)
+        after = memory.step + 1 if callable(knob) else ()
+        return allowed, History(after, count + enters, streak, select(enters, fed, inner))
+
+    return per_size(start, step)

@@ -1,0 +1,1 @@
+"""One paper, one file: the rule, then the named method it makes."""

@@ -1,0 +1,149 @@
+"""The cellar: norms that are right for every finite gradient, in every dtype, on every mesh.
+
+Sums are formed in float32 (float64 where a leaf is). A sum of squares leaves the range of float32 for values beyond
+about 1e19 or below 1e-19 although the norm does not; such a sum is noticed after the fact, from its size alone, and
+only then measured again, divided by the largest magnitude. The ordinary gradient pays for one pass.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend.core import primitives
+
+from optclip import _mesh
+
+
+def is_gradient(leaf: Any) -> bool:
+    """Whether ``leaf`` has a size: real or complex floating point. Integers, booleans, float0 and keys have none."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        dtype = jnp.result_type(leaf)
+    return dtype != jax.dtypes.float0 and jnp.issubdtype(dtype, jnp.inexact)
+
+
+def accumulator(*leaves: Any) -> Any:
+    """float64 if a leaf is float64 or complex128, else float32."""
+    wide = any(jnp.result_type(x) in (jnp.float64, jnp.complex128) for x in leaves)
+    return jnp.dtype(jnp.float64 if wide else jnp.float32)
+
+
+def cast_like(x: jax.Array, like: Any) -> jax.Array:
+    """``x`` with the dtype and weak type of ``like``."""
+    dtype = jnp.result_type(like)
+    if isinstance(like, (bool, int, float, complex)) or getattr(jax.typeof(like), "weak_type", False):
+        return primitives.convert_element_type_p.bind(x, new_dtype=dtype, weak_type=True, sharding=None)
+    return x.astype(dtype)
+
+
+class Plan(NamedTuple):
+    """How leaves make sizes; hashable, so that the derivative rule can carry it."""
+
+    dims: tuple[tuple[int, ...] | None, ...]  # per leaf: the axes to reduce with keepdims, or None for all
+    group: tuple[int, ...]  # per leaf: the size it counts towards
+    mesh: tuple[tuple[str, ...], ...]  # per leaf: the mesh axes to sum over
+
+
+def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array]:
+    """The p-norm of each group of leaves, p = ``ord`` > 0 or infinity.
+
+    The derivative at a zero norm is 0. A norm is inf or NaN only where a leaf is, or where the norm itself is beyond
+    the accumulator's largest number.
+    """
+    return list(_norms(tuple(jnp.asarray(x) for x in leaves), float(ord), plan)) if leaves else []
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.Array, ...]:
+    dtype = accumulator(*leaves)
+    if ord == np.inf:
+        return tuple(_reduce([_magnitude(x, dtype) for x in leaves], plan, "max"))
+    sums = _reduce([_power(x, ord, dtype) for x in leaves], plan, "sum")
+    info = jnp.finfo(dtype)
+    # Below `low` what underflowed may matter: up to 2^40 elements of less than tiny each are lost.
+    low, high = float(info.tiny) * 2.0**66, float(info.max) / 4
+    odd = [jnp.any(~((s >= low) & (s <= high))) for s in sums]
+    odd = _mesh.agree(jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0])
+
+    def again(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        largest = _reduce([_magnitude(x, dtype) for x in leaves], plan, "max")
+        safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
+        parts = [_power(_magnitude(x, dtype) / safe[g], ord, dtype) for x, g in zip(leaves, plan.group, strict=True)]
+        unit = _reduce(parts, plan, "sum")
+        return tuple(
+            jnp.where(jnp.isfinite(m), m * _root(s, ord), m) for m, s in zip(largest, unit, strict=True)
+        )
+
+    return lax.cond(odd, again, lambda _: tuple(_root(s, ord) for s in sums), leaves)
+
+
+@_norms.defjvp
+def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
+    (leaves,), (dots,) = primals, tangents
+    sizes = _norms(leaves, ord, plan)
+    parts = []
+    for x, dx, g in zip(leaves, dots, plan.group, strict=True):
+        size = sizes[g]
+        unit = x.astype(jnp.result_type(x, size)) / jnp.where(size == 0, 1, size)  # x over its norm: cannot overflow
+        magnitude = jnp.abs(unit)
+        sign = jnp.where(magnitude == 0, 0, unit / jnp.where(magnitude == 0, 1, magnitude))
+        if ord == np.inf:
+            weight = (magnitude == 1).astype(size.dtype)
+        else:
+            weight = jnp.where(magnitude == 0, 0, jnp.where(magnitude == 0, 1, magnitude) ** (ord - 1))
+        parts.append((jnp.conj(sign) * dx).real * weight)
+    if ord == np.inf:  # share the derivative between ties
+        ties = [(jnp.abs(x).astype(sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
+                for x, g in zip(leaves, plan.group, strict=True)]
+        counts = _reduce(ties, plan, "sum")
+        parts = [p / jnp.maximum(counts[g], 1) for p, g in zip(parts, plan.group, strict=True)]
+    slopes = _reduce(parts, plan, "sum")
+    return sizes, tuple(s.astype(n.dtype) for s, n in zip(slopes, sizes, strict=True))
+
+
+def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
+    return jnp.abs(x).astype(dtype) if jnp.iscomplexobj(x) else jnp.abs(x.astype(dtype))
+
+
+def _power(x: jax.Array, ord: float, dtype: Any) -> jax.Array:
+    """|x|^p elementwise, as the cheapest expression of it."""
+    if ord == 2:
+        if jnp.iscomplexobj(x):
+            return jnp.square(x.real.astype(dtype)) + jnp.square(x.imag.astype(dtype))
+        return jnp.square(x.astype(dtype))
+    x = _magnitude(x, dtype)
+    return x if ord == 1 else x**ord
+
+
+def _root(s: jax.Array, ord: float) -> jax.Array:
+    return jnp.sqrt(s) if ord == 2 else s if ord == 1 else s ** (1 / ord)
+
+
+def _reduce(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
+    """Reduces each part over its axes, adds up groups, and crosses the mesh once."""
+    keep = [d is not None for d in plan.dims]
+    if op == "sum":
+        local = [jnp.sum(x, axis=d, keepdims=k) for x, d, k in zip(parts, plan.dims, keep, strict=True)]
+    else:
+        local = [jnp.max(x, axis=d, keepdims=k, initial=0) for x, d, k in zip(parts, plan.dims, keep, strict=True)]
+    # Leaves of one group that cross the same mesh axes are added up before they cross.
+    slots: dict[tuple[int, tuple[str, ...]], list[jax.Array]] = {}
+    for part, group, mesh in zip(local, plan.group, plan.mesh, strict=True):
+        slots.setdefault((group, mesh), []).append(part)
+    merged = [_total(members, op) for members in slots.values()]
+    crossed = _mesh.all_reduce(merged, [mesh for _, mesh in slots], op)
+    groups: dict[int, list[jax.Array]] = {}
+    for (group, _), part in zip(slots, crossed, strict=True):
+        groups.setdefault(group, []).append(part)
+    return [_total(groups[g], op) for g in range(len(groups))]
+
+
+def _total(parts: list[jax.Array], op: str) -> jax.Array:
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part if op == "sum" else jnp.maximum(total, part)
+    return total

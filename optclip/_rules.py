@@ -1,0 +1,127 @@
+"""Rules: what a threshold is, the fixed one, and how a rule for one size becomes a rule for any scope."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optclip import _checks
+
+
+class Threshold(NamedTuple):
+    """A rule in Optax's own shape: two pure functions.
+
+    Attributes:
+      init: ``sizes -> memory``, where only shapes and dtypes of ``sizes`` may be used.
+      update: ``(sizes, memory, params, **extra) -> (limits, memory)``. Limits broadcast against the updates as sizes
+        do; they may lie deeper in the tree.
+    """
+
+    init: Callable[[Any], Any]
+    update: Callable[..., tuple[Any, Any]]
+
+
+def fixed(limit: Any, *, call: str = "fixed", name: str = "limit") -> Threshold:
+    """A limit that no gradient changes.
+
+    Args:
+      limit: > 0; a number, a traced scalar, a schedule from the step count, or a prefix tree of the updates of these
+        (one limit per group; ``inf`` for leaves that are measured but not scaled).
+      call: the name of the method, for error messages.
+      name: the name of its argument, likewise.
+
+    Memory:
+      An int32 step count if there is a schedule, else nothing.
+
+    Example:
+      >>> rule = fixed(1.0)
+      >>> float(rule.update(jnp.float32(3), rule.init(jnp.float32(3)), None)[0])
+      1.0
+    """
+    _checks.check_positive(call, name, limit)
+    return scheduled(limit)
+
+
+def scheduled(limit: Any) -> Threshold:
+    """A tree of numbers and schedules as a rule; the memory is a step count if there is a schedule."""
+    counted = any(callable(x) for x in jax.tree.leaves(limit))
+
+    def init(sizes: Any) -> Any:
+        del sizes
+        return jnp.zeros((), jnp.int32) if counted else ()
+
+    def update(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params, extra
+        dtype = jnp.result_type(jnp.float32, *(jnp.result_type(s) for s in jax.tree.leaves(sizes)))
+        limits = jax.tree.map(lambda x: jnp.asarray(resolve(x, memory)).astype(dtype), limit)
+        return limits, optax.safe_increment(memory) if counted else ()
+
+    return Threshold(init, update)
+
+
+def resolve(value: Any, count: Any) -> Any:
+    """The value of a schedule at ``count``, or the value itself."""
+    return value(count) if callable(value) else value
+
+
+def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -> Threshold:
+    """Makes a threshold of any scope from a rule for one array of sizes.
+
+    All scalar sizes are handled together, as one vector (a single one as a scalar); sizes that are arrays (units,
+    stacked layers) each as it is. A size that is not finite leaves its memory untouched.
+
+    Args:
+      init: ``size -> memory`` for an array of sizes of any shape S; every array in the memory has a shape that starts
+        with S.
+      update: ``(size, memory, **extra) -> (limit, memory)``, elementwise over S.
+
+    Returns:
+      A threshold. Its memory is that of the rule: one vector per field, in ``jax.tree.leaves`` order of the sizes, if
+      all sizes are scalars, else a tuple of such memories.
+    """
+
+    def start(sizes: Any) -> Any:
+        packs, _ = _pack([jnp.zeros(jnp.shape(s), s.dtype) for s in jax.tree.leaves(sizes)])
+        memories = tuple(init(size) for size in packs)
+        return memories[0] if len(memories) == 1 else memories
+
+    def step(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        del params
+        leaves, treedef = jax.tree.flatten(sizes)
+        packs, unpack = _pack(leaves)
+        memories = (memory,) if len(packs) == 1 else memory
+        limits, after = [], []
+        for size, old in zip(packs, memories, strict=True):
+            limit, new = update(size, old, **extra)
+            limits.append(limit)
+            after.append(select(jnp.isfinite(size), new, old))
+        return treedef.unflatten(unpack(limits)), after[0] if len(after) == 1 else tuple(after)
+
+    return Threshold(start, step)
+
+
+def _pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+    scalars = [i for i, x in enumerate(leaves) if jnp.ndim(x) == 0]
+    arrays = [i for i, x in enumerate(leaves) if jnp.ndim(x) > 0]
+    head = [jnp.stack([leaves[i] for i in scalars]) if len(scalars) > 1 else leaves[scalars[0]]] if scalars else []
+
+    def unpack(packs: list[jax.Array]) -> list[jax.Array]:
+        out: list[Any] = [None] * len(leaves)
+        for j, i in enumerate(scalars):
+            out[i] = packs[0][j] if len(scalars) > 1 else packs[0]
+        for i, pack in zip(arrays, packs[len(head) :], strict=True):
+            out[i] = pack
+        return out
+
+    return head + [leaves[i] for i in arrays], unpack
+
+
+def select(where: jax.Array, new: Any, old: Any) -> Any:
+    """``new`` where true, else ``old``, for trees of arrays whose shapes start with that of ``where``."""
+
+    def pick(n: jax.Array, o: jax.Array) -> jax.Array:
+        return jnp.where(where.reshape(where.shape + (1,) * (jnp.ndim(o) - where.ndim)), n, o)
+
+    return jax.tree.map(pick, new, old)

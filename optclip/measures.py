@@ -1,0 +1,263 @@
+"""How large is it? The shelf of measures: each maps a pytree of updates to its sizes.
+
+Sizes are float32 (float64 where a leaf is) and non-negative, in a pytree that is a *prefix* of the updates and
+broadcasts against them below it; the depth of that prefix is the scope of a clipper. Every sum is formed in float32
+whatever the dtype of the leaf, and is right for every finite gradient, also where a square would overflow or
+underflow. Leaves without a size (integers, booleans, float0, None, masked) count as nothing.
+
+============== ========================= =========================================
+measure        scope                     size
+============== ========================= =========================================
+`global_norm`  tree                      one p-norm over all leaves
+`group_norm`   group                     one p-norm per label of a prefix tree
+`leaf_norm`    leaf (layer of a stack)   one p-norm per leaf
+`leaf_rms`     leaf (layer of a stack)   root mean square per leaf
+`unit_norm`    unit (output neuron)      one p-norm per unit, ``keepdims``
+`magnitude`    element                   the absolute value
+============== ========================= =========================================
+
+To pass arguments on to `clip_by`, use ``functools.partial(global_norm, ord=1)``.
+
+Inside ``shard_map`` with checked varying axes, sums run over exactly the mesh axes a leaf varies over. Inside
+``shard_map(check_vma=False)`` or ``pmap`` say over which with ``axis_name``; leaving it out raises ValueError.
+"""
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optclip import _checks, _mesh, _numerics
+
+Updates = Any  # a pytree of arrays
+Sizes = Any  # a prefix tree of the updates, non-negative float32 (float64)
+Measure = Callable[[Updates], Sizes]
+
+__all__ = ["Measure", "global_norm", "group_norm", "leaf_norm", "leaf_rms", "magnitude", "unit_norm"]
+
+
+def global_norm(tree: Updates, ord: float = 2, *, axis_name: Any = None) -> jax.Array:
+    """The p-norm of all leaves taken as one vector, exact in every dtype: (sum |x|^p)^(1/p).
+
+    Args:
+      tree: a pytree of arrays.
+      ord: p > 0, or infinity for the largest magnitude.
+      axis_name: mesh axes to sum over inside ``shard_map(check_vma=False)`` and ``pmap``: a name, a tuple of names, or
+        a prefix tree of these with None for replicated leaves.
+
+    Returns:
+      A float32 scalar (float64 if a leaf is). 0 for an empty tree, with derivative 0 at 0.
+
+    Example:
+      >>> float(global_norm({"w": jnp.full((2, 2), 300.0, jnp.float16)}))
+      600.0
+    """
+    _check_ord("global_norm", ord)
+    leaves, axes = _gradients(tree, axis_name)
+    if not leaves:
+        return jnp.zeros((), jnp.float32)
+    n = len(leaves)
+    plan = _numerics.Plan((None,) * n, (0,) * n, tuple(axes))
+    return _numerics.norms(leaves, plan, ord)[0]
+
+
+def group_norm(tree: Updates, groups: Any, ord: float = 2, *, axis_name: Any = None) -> Sizes:
+    """One p-norm per group: leaves under equal labels share a norm.
+
+    Args:
+      tree: a pytree of arrays.
+      groups: a prefix tree of the updates with a hashable label at each leaf, as ``optax.partition`` takes them, or a
+        function from the updates to such a tree.
+      ord: p > 0, or infinity.
+      axis_name: see `global_norm`.
+
+    Returns:
+      Scalars in the structure of ``groups``; 0 for a group without gradient leaves.
+
+    Example:
+      >>> sizes = group_norm({"a": jnp.ones(4), "b": jnp.ones(9)}, {"a": 0, "b": 1})
+      >>> {k: float(v) for k, v in sizes.items()}
+      {'a': 2.0, 'b': 3.0}
+    """
+    _check_ord("group_norm", ord)
+    groups = groups(tree) if callable(groups) else groups
+    labels, treedef = jax.tree.flatten(groups)
+    wide = jax.tree.leaves(jax.tree.map(lambda g, sub: jax.tree.map(lambda _: g, sub), groups, tree))
+    leaves = jax.tree.leaves(tree)
+    axes = _mesh.sum_axes(tree, axis_name)
+    rows = [(x, g, a) for x, g, a in zip(leaves, wide, axes, strict=True) if _numerics.is_gradient(x)]
+    index: dict[Hashable, int] = {}
+    for _, label, _ in rows:
+        index.setdefault(label, len(index))
+    plan = _numerics.Plan((None,) * len(rows), tuple(index[g] for _, g, _ in rows), tuple(a for _, _, a in rows))
+    sizes = _numerics.norms([x for x, _, _ in rows], plan, ord)
+    zero = jnp.zeros((), _numerics.accumulator(*(x for x, _, _ in rows)))
+    return treedef.unflatten([sizes[index[g]] if g in index else zero for g in labels])
+
+
+def leaf_norm(tree: Updates, ord: float = 2, *, stack_axis: Any = None, axis_name: Any = None) -> Sizes:
+    """One p-norm per leaf, or per layer of a leaf that stacks layers.
+
+    Args:
+      tree: a pytree of arrays.
+      ord: p > 0, or infinity.
+      stack_axis: the axis along which a leaf stacks layers (``nn.scan``, ``nnx.vmap``): an int, a tuple of ints, or a
+        prefix tree of these with None for leaves that are one layer. Sizes then keep that axis, the others have
+        length 1.
+      axis_name: see `global_norm`.
+
+    Returns:
+      The tree of the updates with a scalar (or an array of ``keepdims`` shape) at each leaf.
+
+    Example:
+      >>> leaf_norm({"w": jnp.ones((3, 2, 2))}, stack_axis=0)["w"].shape
+      (3, 1, 1)
+    """
+    _check_ord("leaf_norm", ord)
+    stacks = _axes_per_leaf("stack_axis", stack_axis, tree)
+    dims = [_others(s, x) for s, x in zip(stacks, jax.tree.leaves(tree), strict=True)]
+    return _per_leaf(tree, dims, ord, axis_name)
+
+
+def leaf_rms(tree: Updates, *, stack_axis: Any = None, axis_name: Any = None) -> Sizes:
+    """The root mean square of each leaf (or layer of a stacked leaf): norm / sqrt(number of elements).
+
+    Args:
+      tree: a pytree of arrays.
+      stack_axis: see `leaf_norm`.
+      axis_name: see `global_norm`; the elements of all shards are counted.
+
+    Returns:
+      The tree of the updates with a scalar (or an array of ``keepdims`` shape) at each leaf; 0 for an empty leaf.
+
+    Example:
+      >>> float(leaf_rms({"w": jnp.full((10,), 3.0)})["w"])
+      3.0
+    """
+    sizes = leaf_norm(tree, stack_axis=stack_axis, axis_name=axis_name)
+    axes = _mesh.sum_axes(tree, axis_name)
+    parts, treedef = jax.tree.flatten(sizes)
+    counts = [
+        jnp.size(x) // max(jnp.size(s), 1) * int(np.prod([jax.lax.axis_size(a) for a in names], dtype=int))
+        for x, s, names in zip(jax.tree.leaves(tree), parts, axes, strict=True)
+    ]
+    return treedef.unflatten([s / max(n, 1) ** 0.5 for s, n in zip(parts, counts, strict=True)])
+
+
+def unit_norm(
+    tree: Updates, axis: Any = None, ord: float = 2, *, stack_axis: Any = None, axis_name: Any = None
+) -> Sizes:
+    """One p-norm per unit (output neuron or filter), as ``keepdims`` arrays.
+
+    Args:
+      tree: a pytree of arrays.
+      axis: the axes that make up one unit and are reduced: an int, a tuple of ints, or a prefix tree of these. None
+        means fan-in as NFNets count it for the layouts of JAX: all of a leaf of rank 0 or 1 (or with at most one axis
+        longer than 1), the first axis at rank 2 and 3, all but the last at rank 4 and more.
+      ord: p > 0, or infinity.
+      stack_axis: axes that stack layers, kept apart; the default of ``axis`` then counts the axes of one layer. See
+        `leaf_norm`.
+      axis_name: the mesh axes over which the *reduced* dimensions are sharded (see `global_norm`). It must be given
+        wherever a leaf varies over a mesh axis.
+
+    Returns:
+      The tree of the updates with an array of ``keepdims`` shape at each leaf.
+
+    Example:
+      >>> unit_norm({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(4)})["kernel"].tolist()
+      [[2.0, 2.0]]
+    """
+    _check_ord("unit_norm", ord)
+    stacks = _axes_per_leaf("stack_axis", stack_axis, tree)
+    given = _axes_per_leaf("axis", axis, tree)
+    dims = [_fan_in(x, a, s) for x, a, s in zip(jax.tree.leaves(tree), given, stacks, strict=True)]
+    return _per_leaf(tree, dims, ord, axis_name, whole=False)
+
+
+def magnitude(tree: Updates) -> Sizes:
+    """The absolute value of each element, in float32 (float64).
+
+    Args:
+      tree: a pytree of real arrays.
+
+    Returns:
+      The tree of the updates, in full shapes.
+
+    Example:
+      >>> magnitude([jnp.array([-2.0, 1.0])])[0].tolist()
+      [2.0, 1.0]
+    """
+
+    def size(x: Any) -> Any:
+        if not _numerics.is_gradient(x):
+            return jnp.zeros((), jnp.float32)
+        return jnp.abs(jnp.asarray(x)).astype(_numerics.accumulator(x))
+
+    return jax.tree.map(size, tree)
+
+
+def _per_leaf(tree: Updates, dims: list[Any], ord: float, axis_name: Any, whole: bool = True) -> Sizes:
+    leaves, treedef = jax.tree.flatten(tree)
+    axes = _mesh.sum_axes(tree, axis_name, whole=whole)
+    rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
+    plan = _numerics.Plan(tuple(dims[i] for i in rows), tuple(range(len(rows))), tuple(axes[i] for i in rows))
+    sizes = _numerics.norms([leaves[i] for i in rows], plan, ord)
+    out: list[Any] = [jnp.zeros((), jnp.float32)] * len(leaves)
+    for i, size in zip(rows, sizes, strict=True):
+        out[i] = size
+    return treedef.unflatten(out)
+
+
+def _gradients(tree: Updates, axis_name: Any) -> tuple[list[Any], list[tuple[str, ...]]]:
+    axes = _mesh.sum_axes(tree, axis_name)
+    rows = [(x, a) for x, a in zip(jax.tree.leaves(tree), axes, strict=True) if _numerics.is_gradient(x)]
+    return [x for x, _ in rows], [a for _, a in rows]
+
+
+def _check_ord(call: str, ord: float) -> None:
+    _checks.check(call, "ord", ord, lambda p: p > 0, "> 0")
+
+
+def _is_axes(x: Any) -> bool:
+    return x is None or isinstance(x, int) or (isinstance(x, tuple) and all(isinstance(a, int) for a in x))
+
+
+def _axes_per_leaf(name: str, spec: Any, tree: Updates) -> list[tuple[int, ...] | None]:
+    """``spec`` (an int, a tuple, None, or a prefix tree of them) for each leaf, as a tuple of ints or None."""
+    n = len(jax.tree.leaves(tree))
+    if _is_axes(spec):
+        specs = [spec] * n
+    else:
+        wide = jax.tree.map(lambda a, sub: jax.tree.map(lambda _: (a,), sub), spec, tree, is_leaf=_is_axes)
+        boxed = jax.tree.leaves(wide, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1 and _is_axes(x[0]))
+        specs = [box[0] for box in boxed]
+    if len(specs) != n:
+        raise ValueError(f"{name} must be an int, a tuple of ints, None, or a prefix tree of these, got {spec!r}")
+    return [(s,) if isinstance(s, int) else s for s in specs]
+
+
+def _positive(axes: tuple[int, ...], x: Any) -> tuple[int, ...]:
+    rank = jnp.ndim(x)
+    if any(not -rank <= a < rank for a in axes):
+        raise ValueError(f"axes {axes} are out of range for a leaf of shape {jnp.shape(x)}")
+    return tuple(sorted({a % rank for a in axes}))
+
+
+def _others(stack: tuple[int, ...] | None, x: Any) -> tuple[int, ...] | None:
+    """All axes but those that stack layers; None (a scalar size) if nothing is stacked."""
+    if stack is None:
+        return None
+    kept = _positive(stack, x)
+    return tuple(a for a in range(jnp.ndim(x)) if a not in kept)
+
+
+def _fan_in(x: Any, axis: tuple[int, ...] | None, stack: tuple[int, ...] | None) -> tuple[int, ...]:
+    kept = _positive(stack, x) if stack is not None else ()
+    if axis is not None:
+        return tuple(a for a in _positive(axis, x) if a not in kept)
+    layer = [a for a in range(jnp.ndim(x)) if a not in kept]
+    if sum(jnp.shape(x)[a] > 1 for a in layer) <= 1:
+        return tuple(layer)
+    return tuple(layer[:1] if len(layer) <= 3 else layer[:-1])

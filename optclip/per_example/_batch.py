@@ -1,0 +1,154 @@
+"""Values that cross the border of a ``vmap`` or of a loop, and the sum over examples at the end.
+
+Inside, a factor is the array of one example (of one step). Outside it has one more axis; the label of that axis is put in
+front. Values that do not depend on the example (the step) are not carried across: they are the same on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optclip.per_example._block import Block, Region, evaluate
+from optclip.per_example._jax import Literal, bind
+from optclip.per_example._terms import Dense, Factored, Term, dense, materialize_term, new_label, wide
+
+__all__ = ["Lifted", "as_factored", "contract", "pack", "run_batched"]
+
+
+class Lifted(NamedTuple):
+    """An array outside the border, and whether it has the extra leading axis."""
+
+    array: Any
+    stacked: bool
+
+
+def as_factored(value: Any) -> Factored:
+    return value if isinstance(value, Factored) else dense(jnp.asarray(value))
+
+
+def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], Callable[[Sequence[Any], int], list[Any]]]:
+    """The arrays that must cross a border, and how to put the values together on the other side.
+
+    ``outside`` maps the id of an array that is known on the other side to what it is there. The second result takes the
+    arrays that crossed (all of them stacked) and the label of the new axis; arrays come back as `Lifted`.
+    """
+    crossing: list[Any] = []
+    place: dict[int, int] = {}
+
+    def note(array: Any) -> None:
+        if id(array) not in outside and id(array) not in place:
+            place[id(array)] = len(crossing)
+            crossing.append(array)
+
+    for value in values:
+        for array in _arrays(value):
+            note(array)
+    keep_alive = list(crossing)  # ids stay unique while this closure lives
+
+    def unpack(arrays: Sequence[Any], label: int) -> list[Any]:
+        del keep_alive[:]
+
+        def lift(array: Any) -> Lifted:
+            return outside[id(array)] if id(array) in outside else Lifted(arrays[place[id(array)]], True)
+
+        def lift_factor(factor: Any) -> Any:
+            array, stacked = lift(factor.array)
+            labels = (label, *factor.labels) if stacked else factor.labels
+            return dataclasses.replace(factor, array=array, labels=labels)
+
+        def lift_value(value: Any) -> Any:
+            if not isinstance(value, Factored):
+                return lift(value)
+            terms = (dataclasses.replace(t, factors=tuple(map(lift_factor, t.factors))) for t in value.terms)
+            return dataclasses.replace(value, terms=tuple(terms))
+
+        return [lift_value(v) for v in values]
+
+    return crossing, unpack
+
+
+def _arrays(value: Any) -> list[Any]:
+    return [f.array for t in value.terms for f in t.factors] if isinstance(value, Factored) else [value]
+
+
+def run_batched(
+    block: Block,
+    inputs: Sequence[Lifted],
+    regions: dict[str, Region],
+    finish: Callable[[list[Any]], list[Any]],
+) -> tuple[list[Any], int]:
+    """Runs a block for all examples at once: what depends on no example once, the rest under ``vmap``.
+
+    ``finish`` is applied, for one example, to the values of all outputs. Its results come back lifted, with the label of
+    the example axis.
+    """
+    env = dict(zip(block.jaxpr.constvars, block.program.consts, strict=True))
+    depends = block.depends([x.stacked for x in inputs])
+    shared = [e for e in block.live if not any(isinstance(v, Literal) is False and v in depends for v in e.invars)]
+    for v, x in zip(block.jaxpr.invars, inputs, strict=True):
+        if not x.stacked:
+            env[v] = x.array
+    for eqn in shared:
+        values = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        env.update(zip(eqn.outvars, bind(eqn, values), strict=True))
+    outside = {id(array): Lifted(array, False) for array in env.values()}
+    done = set(map(id, shared))
+    per_example = [e for e in block.live if id(e) not in done]
+    stacked_vars = [v for v, x in zip(block.jaxpr.invars, inputs, strict=True) if x.stacked]
+    unpack: list[Callable] = []
+
+    def one(rows: list[Any]) -> list[Any]:
+        local = {**env, **dict(zip(stacked_vars, rows, strict=True))}
+        evaluate(block, per_example, local, regions)
+        crossing, back = pack(finish([read_output(block, local, i) for i in range(len(block.jaxpr.outvars))]), outside)
+        unpack.append(back)
+        return crossing
+
+    arrays = jax.vmap(one)([x.array for x in inputs if x.stacked])
+    label = new_label()
+    return unpack[-1](arrays, label), label
+
+
+def read_output(block: Block, env: dict, i: int) -> Any:
+    """Output ``i``; a gradient that is known to be zero is an empty sum."""
+    v = block.jaxpr.outvars[i]
+    if isinstance(v, Literal):
+        return jnp.asarray(v.val, v.aval.dtype)
+    if i in block.gradients and v in block.zeros:
+        return Factored((), v.aval.shape, v.aval.dtype)
+    return env[v]
+
+
+def contract(value: Factored, label: int, coefs: jax.Array, keep: jax.Array | None) -> jax.Array:
+    """``sum_i c_i G_i`` (float32 or wider): the example axis is one more summed label, the coefficient one more product."""
+    total = jnp.zeros(value.shape, wide(value.dtype))
+    for term in value.terms:
+        total += materialize_term(_weighted(term, label, coefs, keep), term.precision).astype(total.dtype)
+    return total
+
+
+def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) -> Term:
+    factors = list(term.factors)
+    arrays = [i for i, f in enumerate(factors) if isinstance(f, Dense) and label in f.labels]
+    if keep is not None:
+        for i in arrays:  # zero times inf is not zero: what is dropped must go from every factor
+            array = factors[i].array
+            factors[i] = dataclasses.replace(factors[i], array=jnp.where(_along(keep, array), array, 0))
+    if not arrays:
+        weights = Dense(coefs.astype(wide(coefs.dtype)), (label,))
+        return dataclasses.replace(term, factors=(*factors, weights))
+    i = min(arrays, key=lambda i: factors[i].array.size)
+    array = factors[i].array
+    product = _along(coefs, array).astype(wide(array.dtype)) * array
+    # A gradient that is there already is summed in the wide dtype; a factor goes on to a product in its own.
+    factors[i] = dataclasses.replace(factors[i], array=product if len(factors) == 1 else product.astype(array.dtype))
+    return dataclasses.replace(term, factors=tuple(factors))
+
+
+def _along(vector: jax.Array, array: jax.Array) -> jax.Array:
+    return jnp.expand_dims(vector, range(1, array.ndim))

@@ -1,0 +1,250 @@
+"""Control flow: programs inside equations. Their gradients are found inside, and either carried out or found again.
+
+*Carried out* (book-keeping): the factors leave a loop with the loop axis as one more label, an index for a stack of layers,
+a summed label for a weight that all steps share. No second backward pass, at the memory of the cotangents.
+
+*Found again*: only the squared norm leaves. When the coefficients are known the region runs a second time and sums over
+the examples inside. That is for checkpoint regions, whose whole point is not to hold their activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip.per_example._batch import Lifted, as_factored, contract, pack, read_output, run_batched
+from optclip.per_example._block import Block, Region, barrier, evaluate, flatten
+from optclip.per_example._jax import JaxprEqn, Var, called, is_remat
+from optclip.per_example._norms import Cost, densify, is_direct, squared_norm
+from optclip.per_example._terms import Axis, Dense, Factored, Rerun, Term, dense, materialize, new_label
+
+__all__ = ["Regions", "rerun"]
+
+
+class _Scan:
+    """A scan equation taken apart. ``sums`` are carries that are only added to and that are gradients."""
+
+    def __init__(self, eqn: JaxprEqn, wanted: Sequence[int]) -> None:
+        p = eqn.params
+        self.length, self.reverse, self.unroll = p["length"], p["reverse"], p["unroll"]
+        self.consts, self.carries = p["num_consts"], p["num_carry"]
+        program = flatten(p["jaxpr"], unfold_remat=True)
+        plain = Block(program, ())
+        self.sums = [i for i in wanted if i < self.carries and _only_added_to(plain, self.consts + i, i)]
+        self.stacks = [i for i in wanted if i >= self.carries]
+        self.block = Block(program, [*self.sums, *self.stacks])
+        self.moving = [i for i in range(self.carries) if i not in self.sums]
+
+    def split(self, values: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+        end = self.consts + self.carries
+        return list(values[: self.consts]), list(values[self.consts : end]), list(values[end:])
+
+    def carry_in(self, moving: Sequence[Any]) -> list[Any]:
+        """The values of all carries in the body: a sum starts as nothing."""
+        by_index = dict(zip(self.moving, moving, strict=True))
+        avals = [v.aval for v in self.block.jaxpr.invars[self.consts : self.consts + self.carries]]
+        return [by_index.get(i, Factored((), a.shape, a.dtype)) for i, a in enumerate(avals)]
+
+
+def _only_added_to(block: Block, invar: int, output: int) -> bool:
+    v = block.jaxpr.invars[invar]
+    while True:
+        uses = block.uses.get(v, [])
+        if len(uses) != 1:
+            return False
+        if isinstance(uses[0], int):
+            return uses[0] == output
+        if uses[0].primitive.name not in ("add", "add_any"):
+            return False
+        v = uses[0].outvars[0]
+
+
+@dataclasses.dataclass
+class Again:
+    """A region to run a second time: its equation, taken apart, and its inputs."""
+
+    eqn: JaxprEqn
+    body: Any  # _Scan, or Block for a checkpoint region
+    values: list[Any]
+
+
+class Regions:
+    """The rules for regions in the first pass (under ``vmap``).
+
+    ``norms_only``: nobody will ask for the sum, so the norm is all that ever leaves. ``again`` collects, at the top level,
+    the regions that must run a second time; nested regions carry their factors out.
+    """
+
+    def __init__(self, norms_only: bool, again: list[Again] | None) -> None:
+        self.norms_only = norms_only
+        self.again = again
+
+    @property
+    def rules(self) -> dict[str, Region]:
+        return {"scan": self.scan, "checkpoint": self.remat, "remat": self.remat, "remat2": self.remat}
+
+    @property
+    def nested(self) -> dict[str, Region]:
+        return Regions(self.norms_only, None).rules
+
+    def _norm_leaves(self, block: Block, eqn: JaxprEqn, i: int, has_remat: bool) -> bool:
+        again = self.norms_only or (has_remat and self.again is not None)
+        return again and eqn.outvars[i] in block.sole
+
+    def _register(self, eqn: JaxprEqn, body: Any, values: list[Any]) -> int:
+        if self.norms_only or self.again is None:
+            return -1
+        self.again.append(Again(eqn, body, values))
+        return len(self.again) - 1
+
+    def remat(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
+        wanted = _wanted(block, eqn)
+        body = Block(flatten(called(eqn), unfold_remat=True), wanted)
+        env = dict(zip(body.jaxpr.constvars, body.program.consts, strict=True))
+        env.update(zip(body.jaxpr.invars, barrier(eqn, values), strict=True))
+        evaluate(body, body.live, env, self.nested)
+        out = [read_output(body, env, i) for i in range(len(eqn.outvars))]
+        again = [i for i in wanted if self._norm_leaves(block, eqn, i, True)]
+        number = self._register(eqn, body, values) if again else -1
+        for i in again:
+            square, _, cost = measure(out[i])
+            out[i] = Rerun(square, number, i, cost)
+        return out
+
+    def scan(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
+        wanted = _wanted(block, eqn)
+        body = _Scan(eqn, wanted)
+        has_remat = _contains_remat(eqn)
+        norms = [i for i in body.stacks if self._norm_leaves(block, eqn, i, has_remat)]
+        carried = [i for i in (*body.sums, *body.stacks) if i not in norms]
+        plain = [i for i in range(body.carries, len(eqn.outvars)) if i not in body.stacks]
+        consts, init, xs = body.split(values)
+        costs: dict[int, Cost] = {}
+        unpack: list[Any] = []
+
+        def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
+            env = dict(zip(body.block.jaxpr.constvars, body.block.program.consts, strict=True))
+            env.update(zip(body.block.jaxpr.invars, [*consts, *body.carry_in(carry), *x], strict=True))
+            evaluate(body.block, body.block.live, env, self.nested)
+            out = [read_output(body.block, env, i) for i in range(len(eqn.outvars))]
+            squares = []
+            for i in norms:
+                square, _, costs[i] = measure(out[i])
+                squares.append(square)
+            outside = {id(c): Lifted(c, False) for c in (*consts, *body.block.program.consts)}
+            outside.update({id(a): Lifted(b, True) for a, b in zip(x, xs, strict=True)})
+            crossing, back = pack([_leaving(out[i], i in body.stacks) for i in carried], outside)
+            unpack.append((back, x))
+            moving = [materialize(out[i]) for i in body.moving]
+            return moving, ([materialize(out[i]) for i in plain], squares, crossing)
+
+        moving, (ys, squares, arrays) = jax.lax.scan(
+            step, [init[i] for i in body.moving], xs, body.length, body.reverse, body.unroll
+        )
+        label = new_label()
+        result: dict[int, Any] = dict(zip(body.moving, moving, strict=True)) | dict(zip(plain, ys, strict=True))
+        number = self._register(eqn, body, values) if norms else -1
+        for i, square in zip(norms, squares, strict=True):
+            cost = Cost(f"{costs[i].rule}, in a loop", costs[i].flops * body.length, 0)
+            result[i] = Rerun(jnp.sum(square), number, i, cost)
+        for i, value in zip(carried, unpack[-1][0](arrays, label), strict=True):
+            aval = eqn.outvars[i].aval
+            terms = [_with_loop(t, label, body.length, i in body.stacks) for t in value.terms]
+            if i in body.sums and not _is_zero(block, eqn.invars[body.consts + i]):
+                terms += dense(init[i]).terms
+            result[i] = Factored(tuple(terms), aval.shape, aval.dtype)
+        return [result[i] for i in range(len(eqn.outvars))]
+
+
+def measure(value: Any) -> tuple[jax.Array, Any, Cost]:
+    if isinstance(value, Rerun):
+        return value.square, value, value.rule
+    return squared_norm(as_factored(value))
+
+
+def _wanted(block: Block, eqn: JaxprEqn) -> list[int]:
+    return [i for i, v in enumerate(eqn.outvars) if v in block.bound]
+
+
+def _is_zero(block: Block, v: Any) -> bool:
+    return isinstance(v, Var) and v in block.zeros
+
+
+def _contains_remat(eqn: JaxprEqn) -> bool:
+    return any(is_remat(e) or _contains_remat(e) for p in jax.tree.leaves(eqn.params) for e in _eqns(p))
+
+
+def _eqns(param: Any) -> list[JaxprEqn]:
+    return list(getattr(getattr(param, "jaxpr", param), "eqns", ()))
+
+
+def _leaving(value: Any, stacked: bool) -> Factored:
+    """The layers of a stack are independent, so a small gradient can leave the loop as it is; a shared weight's cannot."""
+    value = as_factored(value)
+    return densify(value) if stacked and value.terms and is_direct(value) else value
+
+
+def _with_loop(term: Term, label: int, length: int, stacked: bool) -> Term:
+    factors = term.factors
+    if not any(label in f.labels for f in factors):
+        factors = (*factors, Dense(jnp.ones(length, jnp.float32), (label,)))
+    axes = (Axis((label,)), *term.axes) if stacked else term.axes
+    return dataclasses.replace(term, factors=factors, axes=axes)
+
+
+def rerun(
+    again: Again, values: list[Lifted], coefs: dict[int, jax.Array], keep: jax.Array | None
+) -> dict[int, jax.Array]:
+    """Runs a region again, for all examples, and returns the weighted sums of the outputs ``coefs`` names."""
+    nested = Regions(False, None).rules
+    outputs = list(coefs)
+    if isinstance(again.body, Block):
+        # With the coefficients behind the same barrier the recomputation waits for them and is not merged with the first.
+        arrays, coefs = jax.lax.optimization_barrier(([v.array for v in values], coefs))
+        values = [Lifted(a, v.stacked) for a, v in zip(arrays, values, strict=True)]
+        got, label = run_batched(again.body, values, nested, lambda out: [as_factored(out[i]) for i in outputs])
+        return {i: contract(v, label, coefs[i], keep) for i, v in zip(outputs, got, strict=True)}
+
+    body: _Scan = again.body
+    size = next(v.array.shape[0] for v in values if v.stacked)
+    consts, init, xs = body.split(values)
+    flags = _moving_flags(body, [v.stacked for v in consts], [v.stacked for v in init], [v.stacked for v in xs])
+    start = [_stacked(init[i], flags[i], size) for i in body.moving]
+    rows = [jnp.moveaxis(v.array, 0, 1) if v.stacked else v.array for v in xs]
+
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        by_index = {i: Lifted(c, flags[i]) for i, c in zip(body.moving, carry, strict=True)}
+        carries = [by_index.get(i, Lifted(c, False)) for i, c in enumerate(body.carry_in(carry))]
+        inputs = [*consts, *carries, *(Lifted(a, v.stacked) for a, v in zip(x, xs, strict=True))]
+        got, label = run_batched(
+            body.block, inputs, nested,
+            lambda out: [materialize(out[i]) for i in body.moving] + [as_factored(out[i]) for i in outputs],
+        )  # fmt: skip
+        split = len(body.moving)
+        moving = [_stacked(v, flags[i], size) for v, i in zip(got[:split], body.moving, strict=True)]
+        return moving, [contract(v, label, coefs[i], keep) for v, i in zip(got[split:], outputs, strict=True)]
+
+    _, sums = jax.lax.scan(step, start, rows, body.length, body.reverse, body.unroll)
+    return dict(zip(outputs, sums, strict=True))
+
+
+def _moving_flags(body: _Scan, consts: list[bool], init: list[bool], xs: list[bool]) -> list[bool]:
+    """Which carries depend on the example, once the loop has gone round."""
+    flags = [flag and i in body.moving for i, flag in enumerate(init)]
+    while True:
+        depends = body.block.depends([*consts, *flags, *xs])
+        outs = body.block.jaxpr.outvars[: body.carries]
+        new = [f or (i in body.moving and isinstance(v, Var) and v in depends) for i, (f, v) in enumerate(zip(flags, outs, strict=True))]
+        if new == flags:
+            return flags
+        flags = new
+
+
+def _stacked(value: Lifted, wanted: bool, size: int) -> jax.Array:
+    if wanted and not value.stacked:
+        return jnp.broadcast_to(value.array, (size, *jnp.shape(value.array)))
+    return value.array
