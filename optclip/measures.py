@@ -133,7 +133,7 @@ def leaf_rms(tree: Updates, *, stack_axis: Any = None, axis_name: Any = None) ->
       The tree of the updates with a scalar (or an array of ``keepdims`` shape) at each leaf; 0 for an empty leaf.
 
     Example:
-      >>> float(leaf_rms({"w": jnp.full((10,), 3.0)})["w"])
+      >>> float(leaf_rms({"w": jnp.full((16,), 3.0)})["w"])
       3.0
     """
     sizes = leaf_norm(tree, stack_axis=stack_axis, axis_name=axis_name)
