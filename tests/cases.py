@@ -7,8 +7,8 @@ To add a method, add one row to `CASES`, sorted by name:
 ``kwargs`` are arguments with which the method, fed `GRADS` one after the other, changes at least one of them: keep
 warm-ups shorter than `SPIKE`, the step whose gradient is 30 times the others. Statistics are to be recorded. A second
 row for the same method bears a note in brackets, ``"clip_by_x[per leaf]"``. The other fields say what the method
-promises; leave those at their defaults that hold. A method that lacks a row, a README row, a docstring section or a test
-named after its module fails ``test_contract_front.py``.
+promises; leave those at their defaults that hold. ``test_contract_front.py`` fails while a method lacks a row, a README
+row, a docstring section or a test file named after its module.
 """
 
 from collections.abc import Callable
