@@ -44,7 +44,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
       5.0
     """
     out: dict[str, Any] = {}
-    for name, state in _recorded(opt_state):
+    for name, state in recorded(opt_state):
         rows = _rows(state)
         if not rows:
             continue
@@ -84,7 +84,7 @@ def worst_leaf(opt_state: Any) -> dict[str, tuple[str, float]]:
       {'clip': ('b', 6.0)}
     """
     worst = {}
-    for name, state in _recorded(opt_state):
+    for name, state in recorded(opt_state):
         ratios = [(float(jnp.max(_excess(s, x), initial=0.0)), path) for path, s, x in _rows(state)]
         if ratios:
             ratio, path = max(ratios, key=lambda r: r[0])
@@ -108,7 +108,7 @@ def _excess(size: Any, limit: Any) -> jax.Array:
 def _rows(state: ClipState) -> list[tuple[str, Any, Any]]:
     """Path, size and limit of every recorded size; a limit deeper than its size makes a row of its own."""
     assert state.stats is not None
-    sizes, limits = _plain(state.stats.sizes), _plain(state.stats.limits)
+    sizes, limits = plain(state.stats.sizes), plain(state.stats.limits)
     if jax.tree.structure(sizes).num_leaves <= jax.tree.structure(limits).num_leaves:
         sizes = jax.tree.broadcast(sizes, limits)
     else:
@@ -121,7 +121,7 @@ def _row_of(rows: list[tuple[str, Any, Any]]) -> jax.Array:
     return jnp.concatenate([jnp.full(max(jnp.size(s), 0), i, jnp.int32) for i, (_, s, _) in enumerate(rows)])
 
 
-def _recorded(opt_state: Any) -> list[tuple[str, ClipState]]:
+def recorded(opt_state: Any) -> list[tuple[str, ClipState]]:
     found = jax.tree.leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
     out: list[tuple[str, ClipState]] = []
     for path, state in found:
@@ -137,7 +137,7 @@ def _recorded(opt_state: Any) -> list[tuple[str, ClipState]]:
     return named
 
 
-def _plain(tree: Any) -> Any:
+def plain(tree: Any) -> Any:
     """The tree with the variables that frameworks wrap around arrays (``nnx``) taken off."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: hasattr(x, "get_value"))
     return treedef.unflatten([x.get_value() if hasattr(x, "get_value") else x for x in leaves])
