@@ -142,7 +142,8 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
     if not arrays:
         weights = Dense(coefs.astype(wide(coefs.dtype)), (label,))
         return dataclasses.replace(term, factors=(*factors, weights))
-    i = min(arrays, key=lambda i: factors[i].array.size)
+    # The coefficient goes into the factor with the first index of the gradient, which the product has to transpose anyway.
+    i = next((i for i in arrays if set(term.kept[:1]) & set(factors[i].labels)), arrays[0])
     array = factors[i].array
     product = _along(coefs, array).astype(wide(array.dtype)) * array
     # A gradient that is there already is summed in the wide dtype; a factor goes on to a product in its own.

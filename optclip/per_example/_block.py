@@ -7,7 +7,8 @@ equation that the rules decline, is executed as it stands. Recognising is theref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -66,11 +67,20 @@ class Block:
                     if isinstance(v, Var):
                         self.uses.setdefault(v, []).append(eqn)
         self.zeros = {e.outvars[0] for e in self.live if _makes_zeros(e)}
+        self.forward = self._ancestors(v for i, v in enumerate(self.jaxpr.outvars) if i not in self.gradients)
         self.bound: set[Var] = set()
         self.sole: set[Var] = set()  # bound, to one gradient, by one use, through operations that keep the norm
         for eqn in reversed(self.live):
             for v in eqn.outvars:
                 self._classify(v)
+
+    def _ancestors(self, outputs: Iterable[Any]) -> set[Var]:
+        """What the given variables are computed from. Of the loss: activations, as against cotangents."""
+        found = {v for v in outputs if isinstance(v, Var)}
+        for eqn in reversed(self.live):
+            if any(v in found for v in eqn.outvars):
+                found.update(v for v in eqn.invars if isinstance(v, Var))
+        return found
 
     def _classify(self, v: Var) -> None:
         uses = self.uses.get(v, [])
@@ -147,5 +157,13 @@ def _by_rule(block: Block, eqn: JaxprEqn, values: list[Any], regions: dict[str, 
         return STRUCTURE[name](eqn, *values)
     if name in GRADIENTS:
         out = GRADIENTS[name](eqn, *values)
-        return None if out is None else [out]
+        return None if out is None else [_activation_first(block, eqn, out)]
     return None
+
+
+def _activation_first(block: Block, eqn: JaxprEqn, value: Factored) -> Factored:
+    x, y = (isinstance(v, Var) and v in block.forward for v in eqn.invars[:2])
+    if eqn.primitive.name != "dot_general" or x or not y:
+        return value
+    (term,) = value.terms
+    return dataclasses.replace(value, terms=(dataclasses.replace(term, factors=term.factors[::-1]),))

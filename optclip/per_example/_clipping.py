@@ -114,16 +114,19 @@ def clipped_value_and_grad(
         call = prepare(name, loss_fn, signature, args, kwargs)
         limits = resolve(name, max_norm, call.params_tree)
         mask = _check_mask(name, example_mask, call.size)
+        count = jnp.maximum(call.size if mask is None else jnp.sum(mask), 1)
 
         def step(examples: list, mask: jax.Array | None) -> tuple[list, tuple]:
-            def coefficients(losses: jax.Array, squares: list) -> Weights:
-                return weigh(limits, rule, squares, losses, mask, drop_nonfinite)
+            def weights_of(losses: jax.Array, squares: list) -> Weights:
+                return weigh(limits, rule, squares, losses, mask, drop_nonfinite, count if reduction == "mean" else 1)
 
-            losses, aux, weights, sums = _engine.clip(call, examples, coefficients, limits.group)
+            losses, aux, weights, sums = _engine.clip(call, examples, weights_of, limits.group)
             return sums, (losses, aux, weights)
 
         sums, (losses, aux, weights) = _in_microbatches(step, call, mask, microbatch)
-        return _result(call, limits, reduction, mask, losses, aux, weights, sums)
+        grads = [s.astype(p.dtype) for s, p in zip(sums, call.params, strict=True)]
+        result = _summary(limits, reduction, mask, losses, aux, weights)
+        return result, jax.tree.unflatten(call.params_tree, grads)
 
     return f
 
@@ -170,7 +173,7 @@ def value_and_norms(
 
         def step(examples: list, mask: jax.Array | None) -> tuple[list, tuple]:
             losses, aux, squares = _engine.measure_norms(call, examples)
-            return [], (losses, aux, weigh(limits, hard, squares, losses, mask, False))
+            return [], (losses, aux, weigh(limits, hard, squares, losses))
 
         _, (losses, aux, weights) = _in_microbatches(step, call, None, microbatch)
         norms = jax.tree.unflatten(limits.tree, weights.norms)
@@ -188,26 +191,17 @@ def unclipped_fraction(per_example: PerExample) -> Any:
     return jax.tree.map(lambda clipped: 1 - clipped, per_example.clipped_fraction)
 
 
-def _result(
-    call: Call,
-    limits: Limits,
-    reduction: str,
-    mask: jax.Array | None,
-    losses: jax.Array,
-    aux: Any,
-    weights: Weights,
-    sums: list,
-) -> tuple[tuple[jax.Array, PerExample], Any]:
+def _summary(
+    limits: Limits, reduction: str, mask: jax.Array | None, losses: jax.Array, aux: Any, weights: Weights
+) -> tuple[jax.Array, PerExample]:
     real = jnp.ones(losses.shape, bool) if mask is None else mask
     count = jnp.sum(real)
     kept = real if weights.keep is None else weights.keep
     loss = jnp.sum(jnp.where(kept, losses, 0))
     if reduction == "mean":
         loss = loss / jnp.maximum(jnp.sum(kept), 1).astype(loss.dtype)
-        sums = [s / jnp.maximum(count, 1).astype(s.dtype) for s in sums]
-    grads = [s.astype(p.dtype) for s, p in zip(sums, call.params, strict=True)]
     clipped = [jnp.sum(jnp.where(real, c < 1, False)) / jnp.maximum(count, 1) for c in weights.coefs]
-    per_example = PerExample(
+    return loss, PerExample(
         losses=losses,
         norms=jax.tree.unflatten(limits.tree, weights.norms),
         coefs=jax.tree.unflatten(limits.tree, weights.coefs),
@@ -216,7 +210,6 @@ def _result(
         num_nonfinite=jnp.sum(weights.nonfinite).astype(jnp.int32),
         clipped_fraction=jax.tree.unflatten(limits.tree, clipped),
     )
-    return (loss, per_example), jax.tree.unflatten(call.params_tree, grads)
 
 
 def _in_microbatches(

@@ -48,10 +48,10 @@ def clip(
     weigh: Callable[[jax.Array, list[jax.Array]], Weights],
     group: list[int],
 ) -> tuple[jax.Array, Any, Weights, list[jax.Array]]:
-    """Losses, aux, weights, and per leaf the sum over examples of coefficient times gradient (float32 or wider)."""
+    """Losses, aux, weights, and per leaf the sum over examples of factor times gradient (float32 or wider)."""
     first = _first_pass(call, examples, norms_only=False)
     weights = weigh(first.losses, first.squares)
-    coefs = [weights.coefs[g] for g in group]
+    coefs = [weights.factors[g] for g in group]
     sums: list[Any] = [None] * len(first.leaves)
     for i, leaf in enumerate(first.leaves):
         if isinstance(leaf, Factored):

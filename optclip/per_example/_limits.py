@@ -26,6 +26,7 @@ class Weights(NamedTuple):
 
     norms: list[jax.Array]  # per group, shape [B]
     coefs: list[jax.Array]  # per group, shape [B]; 0 where not kept
+    factors: list[jax.Array]  # per group, shape [B]: the coefficient, divided by the number of examples for a mean
     keep: jax.Array | None  # bool[B]; None: all of them
     nonfinite: jax.Array  # bool[B]
 
@@ -54,11 +55,18 @@ def _limit(name: str, value: Any) -> Any:
 
 
 def weigh(
-    limits: Limits, rule: Rule, squares: Sequence[jax.Array], losses: jax.Array, mask: jax.Array | None, drop: bool
+    limits: Limits,
+    rule: Rule,
+    squares: Sequence[jax.Array],
+    losses: jax.Array,
+    mask: jax.Array | None = None,
+    drop: bool = False,
+    count: Any = 1,
 ) -> Weights:
     """Norms and coefficients from the squared norm [B] of every leaf.
 
     A non-finite norm gives the coefficient NaN, so that the aggregate is loudly NaN, or drops the example (``drop``).
+    The ``count`` of a mean goes into the factors, B numbers, and not into the gradient.
     """
     norms = []
     for g in range(len(limits.values)):
@@ -75,4 +83,5 @@ def weigh(
         coef = rule(norm, jnp.asarray(limit, norm.dtype))
         coef = jnp.where(jnp.isfinite(norm), coef, jnp.nan)
         coefs.append(coef if keep is None else jnp.where(keep, coef, 0))
-    return Weights(norms, coefs, keep, ~finite if mask is None else ~finite & mask)
+    factors = [c / jnp.asarray(count, c.dtype) for c in coefs]
+    return Weights(norms, coefs, factors, keep, ~finite if mask is None else ~finite & mask)

@@ -71,8 +71,23 @@ def densify(value: Factored) -> Factored:
     """The same gradient as one array (in float32 or wider)."""
     if len(value.terms) == 1 and value.terms[0].is_dense and not any(a.placed for a in value.terms[0].axes):
         return value
+    if len(value.terms) == 1 and not any(a.placed for a in value.terms[0].axes):
+        return Factored((_one_array(value.terms[0]),), value.shape, value.dtype)
     arrays = [materialize_term(t, t.precision) for t in value.terms]
     return Factored(dense(sum(arrays[1:], arrays[0])).terms, value.shape, value.dtype)
+
+
+def _one_array(term: Term) -> Term:
+    """The product of a term's factors with the axes in whatever order is cheapest: those of the cotangent first."""
+    if _is_rows(term):
+        return Term((Dense(materialize_term(Term(term.factors, _singles(term))), term.kept),), term.axes)
+    kept = set(term.kept)
+    order = tuple(dict.fromkeys(x for f in reversed(term.factors) for x in f.labels if x in kept))
+    return Term((Dense(einsum(term.factors, order, term.precision), order),), term.axes, term.precision)
+
+
+def _singles(term: Term) -> tuple[Axis, ...]:
+    return tuple(Axis((x,)) for x in term.kept)
 
 
 def price(value: Factored) -> Cost:
@@ -112,14 +127,22 @@ def inner(a: Term, b: Term) -> jax.Array:
         a, b, matched = b, a, _match(b, a)
     if matched is None:
         return jnp.sum(materialize_term(a) * materialize_term(b))
-    b = matched
-    if a.factors is b.factors and len(a.factors) == 2 and _tokens(a) == 1 and not _is_rows(a):
-        x, y = a.factors
-        if not set(x.labels) & set(y.labels) & set(a.kept):  # |x g^T| = |x| |g|
-            return _sum_of_squares(x.array, wide(x.array.dtype)) * _sum_of_squares(y.array, wide(y.array.dtype))
-    b = _rename_summed(a, b)
-    factors = _look_up(list(a.factors), list(b.factors))
-    return einsum(factors, ())
+    b = _rename_summed(a, matched)
+    if a.factors is matched.factors and len(a.factors) == 2 and not _is_rows(a):
+        return _gram(a, b)
+    return einsum(_look_up(list(a.factors), list(b.factors)), ())
+
+
+def _gram(a: Term, b: Term) -> jax.Array:
+    """``|G|^2`` of ``G = sum_t x_t g_t``; ``b`` is the same term with its own summed labels."""
+    (x, g), (x2, g2) = a.factors, b.factors
+    if _tokens(a) == 1 and not set(x.labels) & set(g.labels) & set(a.kept):  # |x g^T| = |x| |g|
+        return _sum_of_squares(x.array, wide(x.array.dtype)) * _sum_of_squares(g.array, wide(g.array.dtype))
+    # The activation x is used as it lies in memory: sum_t x_t . (sum_s (g_t . g_s) x_s). The form sum_ts (x_t . x_s)
+    # (g_t . g_s) needs it transposed as well, a copy that XLA:CPU makes as early as in the forward pass.
+    between = [i for i in dict.fromkeys((*g.labels, *g2.labels)) if i in x.labels or i in x2.labels]
+    mixed = einsum([Dense(einsum([g, g2], between), tuple(between)), x2], x.labels)
+    return jnp.sum(mixed * x.array.astype(mixed.dtype))
 
 
 def _places(a: Term, b: Term) -> list[tuple[Axis, int, Axis, int]]:
@@ -213,5 +236,5 @@ def _rows_squared(term: Term) -> jax.Array:
     fresh = jnp.concatenate([jnp.zeros(1, bool), ids[order][1:] != ids[order][:-1]])
     slots = jnp.zeros_like(ids).at[order].set(jnp.cumsum(fresh).astype(ids.dtype)).reshape(hot.array.shape)
     compact = Term((OneHot(slots, hot.labels, hot.row, ids.size), *rest), term.axes, term.precision)
-    flat = materialize_term(Term(compact.factors, tuple(Axis((x,)) for x in term.kept), None))
+    flat = materialize_term(Term(compact.factors, _singles(term)))
     return jnp.sum(jnp.square(flat))

@@ -36,12 +36,12 @@ def clip(
     weigh: Callable[[jax.Array, list[jax.Array]], Weights],
     group: list[int],
 ) -> tuple[jax.Array, Any, Weights, list[jax.Array]]:
-    """Losses, aux, weights, and per leaf the sum over examples of coefficient times gradient (float32 or wider)."""
+    """Losses, aux, weights, and per leaf the sum over examples of factor times gradient (float32 or wider)."""
     losses, aux, grads, squares = _gradients(call, examples)
     weights = weigh(losses, squares)
     sums = []
     for g, index in zip(grads, group, strict=True):
         if weights.keep is not None:
             g = jnp.where(jnp.expand_dims(weights.keep, range(1, g.ndim)), g, 0)
-        sums.append(jnp.tensordot(weights.coefs[index].astype(g.dtype), g, 1, precision=jax.lax.Precision.HIGHEST))
+        sums.append(jnp.tensordot(weights.factors[index].astype(g.dtype), g, 1, precision=jax.lax.Precision.HIGHEST))
     return losses, aux, weights, sums

@@ -9,6 +9,7 @@ A `Term` is an einsum that has not been run. Its factors are arrays whose axes c
 
 An axis of the gradient is a group of labels, so that reshapes need no arithmetic, with a number of zeros before and
 after, so that a slice of a stack of layers knows its place. `Factored` is a sum of terms: a parameter used twice.
+Where it can be told, the activation is the first factor and the cotangent the second.
 """
 
 from __future__ import annotations
