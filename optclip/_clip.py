@@ -62,7 +62,7 @@ def clip_by(
       float0, None, masked) pass untouched. A size that is not finite turns the updates of its scope into NaN.
 
     Example:
-      >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)  # doctest: +SKIP
+      >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)
     """
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold)
 

@@ -46,7 +46,7 @@ class History(NamedTuple):
     """The memory of a rule with a history; S is the shape of the sizes (see `optclip.thresholds.per_size`).
 
     Attributes:
-      step: int32[S], updates seen, if the knob is a schedule; else ().
+      step: int32[S], updates seen, if the knob or the cap is a schedule; else ().
       count: int32[S], values that entered since the start, or since patience last ran out.
       streak: int32[S], clips in a row.
       inner: the rule's own arrays.
@@ -68,6 +68,9 @@ def history(
     warmup: int = 0,
     warmup_limit: Any = jnp.inf,
     patience: int | None = None,
+    restart: Callable[[jax.Array], Any] | None = None,
+    cap: Any = jnp.inf,
+    call: str = "history",
 ) -> Threshold:
     """A threshold of any scope from a rule with a history.
 
@@ -77,37 +80,48 @@ def history(
       feed: ``(value, inner, count) -> inner``, the memory with one more value.
       knob: the limit-like argument (a factor, a z-score): a number, a traced scalar or a schedule of the step.
       feeding: what enters the memory: `raw`, `clipped`, `winsorized(factor)` or `accepted`.
-      warmup: values to collect first; until then the limit is ``warmup_limit``.
+      warmup: values to collect first; until then the limit is ``warmup_limit``, and what enters is the raw size.
       warmup_limit: > 0, the static limit during warm-up; infinity passes everything.
       patience: after so many clips in a row the memory starts afresh, and the step passes under ``warmup_limit``:
         a new level is accepted within ``patience + warmup`` steps. Sizes of zero, which say nothing about the level,
-        are then not fed either. None leaves the rule as it is.
+        are then not fed either, and no limit is zero. None leaves the rule as it is.
+      restart: ``size -> inner``, the memory when patience has run out; None for ``init``.
+      cap: > 0, the largest limit (a number, a traced scalar or a schedule). It comes last: the memory and the
+        patience see the limit before it.
+      call: the name of the method, for error messages.
 
     A size that is not finite changes nothing in the memory.
     """
+    _checks.check_count(call, "warmup", warmup)
+    _checks.check_positive(call, "warmup_limit", warmup_limit)
+    _checks.check_positive(call, "max_norm" if call != "history" else "cap", cap)
+    if patience is not None:
+        _checks.check_count(call, "patience", patience, least=1)
+    counted = callable(knob) or callable(cap)
 
     def start(size: jax.Array) -> History:
         zero = jnp.zeros(jnp.shape(size), jnp.int32)
-        return History(zero if callable(knob) else (), zero, zero, init(size))
+        return History(zero if counted else (), zero, zero, init(size))
 
     def step(size: jax.Array, memory: History, **extra: Any) -> tuple[jax.Array, History]:
         del extra
-        knobs = resolve(knob, memory.step)
         count, inner = memory.count, memory.inner
         resting = jnp.asarray(warmup_limit, size.dtype)
-        allowed = limit(size, inner, count, knobs)
-        if warmup:
-            allowed = jnp.where(count < warmup, resting, allowed)
-        streak = jnp.where(size > allowed, memory.streak + 1, 0)
+        allowed = limit(size, inner, count, resolve(knob, memory.step))
+        learning = count < warmup
+        allowed = jnp.where(learning, resting, allowed)
+        streak = jnp.where((size > allowed) & ~learning, memory.streak + 1, 0)
         if patience is not None:
             stuck = streak >= patience
-            inner = select(stuck, init(size), inner)
+            inner = select(stuck, (restart or init)(size), inner)
             count, streak = jnp.where(stuck, 0, count), jnp.where(stuck, 0, streak)
-            allowed = jnp.where(stuck, resting, allowed)
-        value = feeding(size, allowed)
+            allowed = jnp.where(stuck, resting, jnp.maximum(allowed, jnp.finfo(size.dtype).tiny))
+            learning = learning | stuck
+        value = jnp.where(learning, size, feeding(size, allowed))
         enters = jnp.isfinite(value) if patience is None else jnp.isfinite(value) & (value > 0)
         fed = feed(jnp.where(enters, value, jnp.ones_like(value)), inner, count)
-        after = memory.step + 1 if callable(knob) else ()
-        return allowed, History(after, count + enters, streak, select(enters, fed, inner))
+        after = memory.step + 1 if counted else ()
+        allowed = jnp.minimum(allowed, jnp.asarray(resolve(cap, memory.step)).astype(size.dtype))
+        return allowed, History(after, count + enters.astype(jnp.int32), streak, select(enters, fed, inner))
 
     return per_size(start, step)

@@ -16,6 +16,8 @@ remembers.
 
 from optclip._history import Feed, History, accepted, clipped, history, raw, winsorized
 from optclip._methods.agc import param_ratio
+from optclip._methods.ema import ema_ratio
+from optclip._methods.historical_norm import window_zscore
 from optclip._rules import Threshold, fixed, per_size
 
 __all__ = [
@@ -24,10 +26,12 @@ __all__ = [
     "Threshold",
     "accepted",
     "clipped",
+    "ema_ratio",
     "fixed",
     "history",
     "param_ratio",
     "per_size",
     "raw",
+    "window_zscore",
     "winsorized",
 ]

@@ -59,7 +59,8 @@ def ema_ratio(
         return Ema(inner.mean + weight * (value - inner.mean))
 
     return history(
-        init, limit, feed, knob=ratio, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience
+        init, limit, feed, knob=ratio, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
+        call=call,
     )
 
 
