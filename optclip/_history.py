@@ -4,6 +4,7 @@ A rule says three things about one array of sizes: its empty memory, the limit i
 enters that memory. `history` adds what all of them share: warm-up, what is fed, and patience.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -58,6 +59,12 @@ class History(NamedTuple):
     inner: Any
 
 
+def mass(decay: Any, count: jax.Array) -> jax.Array:
+    """1 - decay**count, the weight of ``count`` >= 1 values in a moving average that started at 0."""
+    log = math.log(decay) if isinstance(decay, float) and decay > 0 else jnp.log(decay)
+    return -jnp.expm1(count * log)  # 1 - decay**count has no digits left for a decay of 0.99999 in float32
+
+
 def history(
     init: Callable[[jax.Array], Any],
     limit: Callable[..., jax.Array],
@@ -69,6 +76,7 @@ def history(
     warmup_limit: Any = jnp.inf,
     patience: int | None = None,
     restart: Callable[[jax.Array], Any] | None = None,
+    excess: float = 1.0,
     cap: Any = jnp.inf,
     call: str = "history",
 ) -> Threshold:
@@ -86,6 +94,8 @@ def history(
         a new level is accepted within ``patience + warmup`` steps. Sizes of zero, which say nothing about the level,
         are then not fed either, and no limit is zero. None leaves the rule as it is.
       restart: ``size -> inner``, the memory when patience has run out; None for ``init``.
+      excess: how many times its limit a size must be for its clip to count towards patience: > 1 for rules whose
+        limit climbs to a new level by itself, if slowly.
       cap: > 0, the largest limit (a number, a traced scalar or a schedule). It comes last: the memory and the
         patience see the limit before it.
       call: the name of the method, for error messages.
@@ -110,7 +120,7 @@ def history(
         allowed = limit(size, inner, count, resolve(knob, memory.step))
         learning = count < warmup
         allowed = jnp.where(learning, resting, allowed)
-        streak = jnp.where((size > allowed) & ~learning, memory.streak + 1, 0)
+        streak = jnp.where((size > jnp.asarray(excess, size.dtype) * allowed) & ~learning, memory.streak + 1, 0)
         if patience is not None:
             stuck = streak >= patience
             inner = select(stuck, (restart or init)(size), inner)
