@@ -32,6 +32,13 @@ def accumulator(*leaves: Any) -> Any:
     return jnp.dtype(jnp.float64 if wide else jnp.float32)
 
 
+def widen(x: jax.Array, dtype: Any) -> jax.Array:
+    """``x`` in ``dtype``, or in the complex dtype of its precision. Explicit, for float8 does not promote on its own."""
+    if jnp.iscomplexobj(x):
+        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    return x.astype(dtype)
+
+
 def cast_like(x: jax.Array, like: Any) -> jax.Array:
     """``x`` with the dtype and weak type of ``like``."""
     dtype = jnp.result_type(like)
@@ -61,13 +68,17 @@ def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array
 def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.Array, ...]:
     dtype = accumulator(*leaves)
     if ord == np.inf:
-        return tuple(_reduce([_magnitude(x, dtype) for x in leaves], plan, "max"))
+        # A maximum from device to device may drop a NaN (also under GSPMD), and never an infinity.
+        sizes = [_magnitude(x, dtype) for x in leaves]
+        return tuple(_reduce([jnp.where(jnp.isnan(m), jnp.inf, m) for m in sizes], plan, "max"))
     sums = _reduce([_power(x, ord, dtype) for x in leaves], plan, "sum")
     info = jnp.finfo(dtype)
     # Below `low` what underflowed may matter: up to 2^40 elements of less than tiny each are lost.
     low, high = float(info.tiny) * 2.0**66, float(info.max) / 4
     odd = [jnp.any(~((s >= low) & (s <= high))) for s in sums]
-    odd = _mesh.agree(jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0])
+    # Scalars that crossed the mesh are equal on it; sizes of units are not, and `again` needs all devices together.
+    over = () if all(d is None for d in plan.dims) else tuple({a for names in plan.mesh for a in names})
+    odd = _mesh.agree(jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0], over)
 
     def again(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest = _reduce([_magnitude(x, dtype) for x in leaves], plan, "max")
@@ -88,14 +99,14 @@ def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
     parts = []
     for x, dx, g in zip(leaves, dots, plan.group, strict=True):
         size = sizes[g]
-        unit = x.astype(jnp.result_type(x, size)) / jnp.where(size == 0, 1, size)  # x over its norm: cannot overflow
+        unit = widen(x, size.dtype) / jnp.where(size == 0, 1, size)  # x over its norm: cannot overflow
         magnitude = jnp.abs(unit)
         sign = jnp.where(magnitude == 0, 0, unit / jnp.where(magnitude == 0, 1, magnitude))
         if ord == np.inf:
             weight = (magnitude == 1).astype(size.dtype)
         else:
             weight = jnp.where(magnitude == 0, 0, jnp.where(magnitude == 0, 1, magnitude) ** (ord - 1))
-        parts.append((jnp.conj(sign) * dx).real * weight)
+        parts.append((jnp.conj(sign) * widen(dx, size.dtype)).real * weight)
     if ord == np.inf:  # share the derivative between ties
         ties = [(jnp.abs(x).astype(sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
                 for x, g in zip(leaves, plan.group, strict=True)]

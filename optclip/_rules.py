@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 
 
 class Threshold(NamedTuple):
@@ -54,7 +54,7 @@ def scheduled(limit: Any) -> Threshold:
 
     def update(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params, extra
-        dtype = jnp.result_type(jnp.float32, *(jnp.result_type(s) for s in jax.tree.leaves(sizes)))
+        dtype = _numerics.accumulator(*jax.tree.leaves(sizes))
         limits = jax.tree.map(lambda x: jnp.asarray(resolve(x, memory)).astype(dtype), limit)
         return limits, optax.safe_increment(memory) if counted else ()
 

@@ -20,10 +20,15 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(size), limit, jnp.nan)
 
 
-def _to_size(update: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
-    """``update * target / size``, for size > 0. In two factors, for target / size may underflow where neither does."""
+def _to_size(where: jax.Array, update: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
+    """``update * target / size`` where true, else ``update`` itself, bit for bit.
+
+    In two factors, for target / size may underflow where neither does. Where it is not selected the quotient is made
+    harmless: an infinity there would be NaN in the derivative.
+    """
+    size, target = jnp.where(where, size, 1), jnp.where(where, target, 1)
     halfway = jnp.where(size > 2.0**64, 2.0**-64, 1.0).astype(size.dtype)
-    return update * halfway * (target / (size * halfway))
+    return jnp.where(where, update * halfway * (target / (size * halfway)), update)
 
 
 def rescale(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -32,14 +37,13 @@ def rescale(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
     """
     limit = _loud(size, limit)
-    within = size <= limit
-    return jnp.where(within, update, _to_size(update, jnp.where(within, 1, size), limit))
+    return _to_size(~(size <= limit), update, size, limit)
 
 
 def clamp(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     """Clamps each element to [-limit, limit], whatever its size; infinities land on the bound, NaN stays NaN."""
     del size
-    return jnp.clip(update, -limit, limit)
+    return jnp.where(update > limit, limit, jnp.where(update < -limit, -limit, update))
 
 
 def smooth(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -48,18 +52,18 @@ def smooth(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     Source: the AUTO-S form of Bu et al., "Automatic Clipping", NeurIPS 2023, with gamma = limit.
     """
     limit = _loud(size, limit)
-    shrunk = _to_size(update, jnp.where(limit == jnp.inf, 1, size) + jnp.where(limit == jnp.inf, 0, limit), limit)
-    return jnp.where((limit == jnp.inf) | (size == 0), update, shrunk)
+    changed = (size != 0) & (limit != jnp.inf)
+    return _to_size(changed, update, size / 2 + limit / 2, limit / 2)
 
 
 def zero(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     """Drops an update whose size is beyond its limit: 0 there, unchanged up to the limit."""
     limit = _loud(size, limit)
-    return jnp.where(size <= limit, update, jnp.where(size > limit, jnp.zeros_like(update), jnp.nan))
+    known = (size <= limit) | (size > limit)
+    return jnp.where(size <= limit, update, jnp.where(known, jnp.zeros_like(update), jnp.nan))
 
 
 def normalize(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     """Brings every update to its limit, up or down: u * limit / size. Zero stays, and so does all with limit inf."""
     limit = _loud(size, limit)
-    still = (size == 0) | (limit == jnp.inf)
-    return jnp.where(still, update, _to_size(update, jnp.where(still, 1, size), limit))
+    return _to_size((size != 0) & (limit != jnp.inf), update, size, limit)
