@@ -1,0 +1,22 @@
+"""The main job, at a small size: it runs, and its table, picture and numbers come out."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+
+
+def run(script: str, *args: str) -> str:
+    done = subprocess.run([sys.executable, EXAMPLES / script, *args], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quickstart(tmp_path):
+    said = run("quickstart.py", "--steps", "12", "--rates", "0.003", "0.1", "--out", str(tmp_path))
+    assert "| clipnorm |" in said and "| AGC |" in said
+    result = json.loads((tmp_path / "quickstart.json").read_text())
+    assert len(result["runs"]) == 8 and all(0 <= r["accuracy"] <= 1 for r in result["runs"])
+    assert (tmp_path / "quickstart.png").stat().st_size > 20_000
