@@ -79,30 +79,43 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
 
     Returns:
       A threshold. Its memory is that of the rule: one vector per field, in ``jax.tree.leaves`` order of the sizes, if
-      all sizes are scalars, else a tuple of such memories.
+      all sizes are scalars, else a tuple of arrays per field.
     """
 
     def start(sizes: Any) -> Any:
-        packs, _ = _pack([jnp.zeros(jnp.shape(s), s.dtype) for s in jax.tree.leaves(sizes)])
-        memories = tuple(init(size) for size in packs)
-        return memories[0] if len(memories) == 1 else memories
+        packs, _ = pack([jnp.zeros(jnp.shape(s), s.dtype) for s in jax.tree.leaves(sizes)])
+        return _join([init(size) for size in packs])
 
     def step(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
         leaves, treedef = jax.tree.flatten(sizes)
-        packs, unpack = _pack(leaves)
-        memories = (memory,) if len(packs) == 1 else memory
+        packs, unpack = pack(leaves)
         limits, after = [], []
-        for size, old in zip(packs, memories, strict=True):
+        for size, old in zip(packs, _split(memory, init(packs[0]), len(packs)), strict=True):
             limit, new = update(size, old, **extra)
             limits.append(limit)
             after.append(select(jnp.isfinite(size), new, old))
-        return treedef.unflatten(unpack(limits)), after[0] if len(after) == 1 else tuple(after)
+        return treedef.unflatten(unpack(limits)), _join(after)
 
     return Threshold(start, step)
 
 
-def _pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+def _join(memories: list[Any]) -> Any:
+    return memories[0] if len(memories) == 1 else jax.tree.map(lambda *arrays: arrays, *memories)
+
+
+def _split(memory: Any, like: Any, n: int) -> list[Any]:
+    if n == 1:
+        return [memory]
+    fields = jax.tree.structure(like)
+    columns = fields.flatten_up_to(memory)
+    if any(len(column) != n for column in columns):
+        raise ValueError(f"the updates do not fit the state: {n} arrays of sizes, in the memory {len(columns[0])}")
+    return [fields.unflatten([column[i] for column in columns]) for i in range(n)]
+
+
+def pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+    """All scalars as one vector (a single one as it is), the arrays as they are; and the way back."""
     scalars = [i for i, x in enumerate(leaves) if jnp.ndim(x) == 0]
     arrays = [i for i, x in enumerate(leaves) if jnp.ndim(x) > 0]
     head = [jnp.stack([leaves[i] for i in scalars]) if len(scalars) > 1 else leaves[scalars[0]]] if scalars else []
