@@ -44,6 +44,15 @@ def check_count(call: str, name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{call}({name}={value!r}): {name} must be an integer >= {least}")
 
 
+def check_fits(what: str, new: Any, old: Any) -> None:
+    """Raises unless ``new`` has the structure and shapes of ``old``, a part of the state."""
+    trees = jax.tree.structure(new), jax.tree.structure(old)
+    shapes = [[np.shape(x) for x in jax.tree.leaves(tree)] for tree in (new, old)]
+    if trees[0] != trees[1] or shapes[0] != shapes[1]:
+        got, had = trees if trees[0] != trees[1] else shapes
+        raise ValueError(f"the {what} do not fit the state, which init made for other ones: got {got}, had {had}")
+
+
 def check_params(call: str, params: Any, why: str) -> None:
     """Raises if ``params`` was not passed to ``update``."""
     if params is None:

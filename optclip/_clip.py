@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _mesh, _numerics
+from optclip import _checks, _mesh, _numerics
 from optclip._rules import Threshold, fixed
 from optclip.measures import Measure, Sizes, Updates
 from optclip.responses import Response, rescale
@@ -64,24 +64,36 @@ def clip_by(
     Example:
       >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)
     """
-    rule = threshold if isinstance(threshold, Threshold) else fixed(threshold)
+    rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
+
+    # A tree without leaves has the one size 0 at every scope. So its state differs from that of a filled tree in no
+    # parameter-shaped part, which is how Optax tells (`optax.tree.map_params`) that sizes per leaf are no parameters.
+    def measured(updates: Updates) -> Sizes:
+        sizes = measure(updates)
+        return sizes if jax.tree.leaves(sizes) else jnp.zeros((), jnp.float32)
+
+    def allowed(sizes: Sizes, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+        limits, memory = rule.update(sizes, memory, params, **extra)
+        return limits if jax.tree.leaves(limits) else jnp.full((), jnp.inf, jnp.float32), memory
 
     def init(params: Any) -> ClipState:
         with _mesh.shapes_only():
-            sizes = jax.eval_shape(measure, params)
+            sizes = jax.eval_shape(measured, params)
             memory = rule.init(sizes)
-            if not record:
-                return ClipState(memory, None)
-            limits, _ = jax.eval_shape(rule.update, sizes, memory, params)
+            limits, after = jax.eval_shape(allowed, sizes, memory, params)
+        memory = _mesh.place(memory, after, params)
+        if not record:
+            return ClipState(memory, None)
         fill = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)
-        return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
+        stats = ClipStats(sizes, limits)
+        return ClipState(memory, _mesh.place(ClipStats(fill(sizes, 0), fill(limits, jnp.inf)), stats, params))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
-        sizes = measure(updates)
-        limits, memory = rule.update(sizes, state.rule, params, **extra)
-        stats = state.stats
-        if stats is not None:
-            stats = cast_tree(ClipStats(sizes, limits), stats)
+        sizes = measured(updates)
+        if state.stats is not None:
+            _checks.check_fits("updates", sizes, state.stats.sizes)
+        limits, memory = allowed(sizes, state.rule, params, **extra)
+        stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
         return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -93,15 +105,23 @@ def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> 
     def one(update: Any, size: Any, limit: Any) -> Any:
         if not _numerics.is_gradient(update):
             return update
-        update = jnp.asarray(update)
-        wide = update.astype(jnp.promote_types(update.dtype, jnp.float32))
-        real = jnp.finfo(wide.dtype).dtype
-        size, limit = (jnp.asarray(x).astype(jnp.promote_types(jnp.result_type(x), real)) for x in (size, limit))
-        return _numerics.cast_like(response(wide, size, limit), update)
+        dtype = _numerics.accumulator(update, size, limit)
+        update, size, limit = (jnp.asarray(x) for x in (update, size, limit))
+        wide = _numerics.widen(update, dtype)
+        return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
 
-    return jax.tree.map(one, updates, jax.tree.broadcast(sizes, updates), jax.tree.broadcast(limits, updates))
+    return jax.tree.map(one, updates, _spread("sizes", sizes, updates), _spread("limits", limits, updates))
+
+
+def _spread(name: str, prefix: Any, updates: Updates) -> Any:
+    try:
+        return jax.tree.broadcast(prefix, updates)
+    except ValueError as error:
+        trees = f"{jax.tree.structure(prefix)} for updates {jax.tree.structure(updates)}"
+        raise ValueError(f"the {name} must be a prefix tree of the updates, got {trees}") from error
 
 
 def cast_tree(new: Any, old: Any) -> Any:
     """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
+    _checks.check_fits("updates", new, old)
     return jax.tree.map(lambda n, o: jnp.asarray(n).astype(jnp.result_type(o)), new, old)

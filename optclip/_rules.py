@@ -91,7 +91,7 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
         leaves, treedef = jax.tree.flatten(sizes)
         packs, unpack = pack(leaves)
         limits, after = [], []
-        for size, old in zip(packs, _split(memory, init(packs[0]), len(packs)), strict=True):
+        for size, old in zip(packs, _split(memory, init, packs), strict=True):
             limit, new = update(size, old, **extra)
             limits.append(limit)
             after.append(select(jnp.isfinite(size), new, old))
@@ -104,14 +104,12 @@ def _join(memories: list[Any]) -> Any:
     return memories[0] if len(memories) == 1 else jax.tree.map(lambda *arrays: arrays, *memories)
 
 
-def _split(memory: Any, like: Any, n: int) -> list[Any]:
-    if n == 1:
+def _split(memory: Any, init: Callable[..., Any], packs: list[jax.Array]) -> list[Any]:
+    if len(packs) == 1:
         return [memory]
-    fields = jax.tree.structure(like)
+    fields = jax.tree.structure(jax.eval_shape(init, packs[0]))
     columns = fields.flatten_up_to(memory)
-    if any(len(column) != n for column in columns):
-        raise ValueError(f"the updates do not fit the state: {n} arrays of sizes, in the memory {len(columns[0])}")
-    return [fields.unflatten([column[i] for column in columns]) for i in range(n)]
+    return [fields.unflatten(row) for row in zip(*columns, strict=True)]
 
 
 def pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
