@@ -1,17 +1,20 @@
 """Reading what was recorded: a flat dict of scalars for a logger, and the worst leaf by its path."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from optclip._clip import ClipState
+from optclip._wrappers.skip import SkipState, SpikeState
+from optclip._wrappers.zero import ZeroState
 
 __all__ = ["summary", "worst_leaf"]
 
 
 def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
-    """Finds every clipper in an optimizer state and says what it did in the last step.
+    """Finds every clipper and guard in an optimizer state and says what it did in the last step.
 
     Looks through ``optax.chain``, ``named_chain``, ``masked``, ``partition``, ``MultiSteps``, optclip's wrappers, and
     the variables of ``nnx.Optimizer``. Nothing is computed until this is called, and it may be called under jit.
@@ -36,6 +39,20 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
       ``clip_1``, ``clip_2``, ...; a name from ``named_chain`` or ``partition`` comes between: ``clip/<name>/...``.
       Clippers that record nothing (unit and element scope by default) are left out.
 
+      Guards are named ``skip``, ``skip_1``, ... and ``zero``, ... in the same way:
+
+      ================================ ===========================================================================
+      ``skip/skipped``                 1.0 if the last step was skipped, else 0.0
+      ``skip/consecutive``             steps skipped in a row up to now
+      ``skip/total``                   steps skipped since the start
+      ``skip/norm``, ``skip/limit``    of `skip_spikes`: what the last step measured and what was allowed, also if it
+                                       was skipped (the clippers inside then still tell of the last accepted step)
+      ``skip/loss``, ``skip/max_loss`` likewise for the loss
+      ``zero/nan``, ``zero/posinf``,   elements set to zero since the start
+      ``zero/neginf``
+      ``zero/last``                    elements set to zero in the last step
+      ================================ ===========================================================================
+
     Example:
       >>> tx = optclip.clip_by_global_norm(1.0)
       >>> g = {"w": jnp.array([3.0, 4.0])}
@@ -45,11 +62,10 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
     """
     out: dict[str, Any] = {}
     for name, state in recorded(opt_state):
-        rows = _rows(state)
-        if not rows:
-            continue
-        sizes = jnp.concatenate([jnp.ravel(s) for _, s, _ in rows])
-        limits = jnp.concatenate([jnp.ravel(jnp.broadcast_to(x, jnp.shape(s))) for _, s, x in rows])
+        table = rows(state)
+        if not sum(jnp.size(s) for _, s, _ in table):
+            continue  # nothing but empty leaves
+        sizes, limits = _flat(table)
         excess = _excess(sizes, limits)
         largest = jnp.argmax(sizes)
         beyond = ~(sizes <= limits)
@@ -59,12 +75,27 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
         out[f"{name}/scale"] = jnp.min(scales)
         out[f"{name}/clipped"] = jnp.any(beyond).astype(sizes.dtype)
         out[f"{name}/clipped_fraction"] = jnp.mean(beyond.astype(sizes.dtype))
-        out[f"{name}/worst_leaf_index"] = _row_of(rows)[jnp.argmax(excess)]
+        out[f"{name}/worst_leaf_index"] = _row_of(table)[jnp.argmax(excess)]
         if per_leaf:
-            for path, size, limit in rows:
+            for path, size, limit in [row for row in table if row[0]]:
                 out[f"{name}/preclip_norm/{path}"] = size
                 out[f"{name}/limit/{path}"] = limit
+    for name, state in _named(opt_state, "skip", (SkipState, SpikeState)):
+        out |= {f"{name}/{key}": value for key, value in _skips(state).items()}
+    for name, state in _named(opt_state, "zero", ZeroState):
+        out |= {f"{name}/{key}": value for key, value in plain(state)._asdict().items()}
     return out
+
+
+def _skips(state: SkipState | SpikeState) -> dict[str, Any]:
+    total, consecutive = plain((state.total, state.consecutive))
+    said = {"skipped": (consecutive > 0).astype(jnp.float32), "consecutive": consecutive, "total": total}
+    if isinstance(state, SpikeState):
+        for judge, size, limit in (state.norm, "norm", "limit"), (state.loss, "loss", "max_loss"):
+            sizes, limits = _flat(rows(judge)) if judge else (jnp.zeros(0), jnp.zeros(0))
+            if sizes.size:
+                said |= {size: sizes[jnp.argmax(sizes)], limit: limits[jnp.argmax(sizes)]}
+    return said
 
 
 def worst_leaf(opt_state: Any) -> dict[str, tuple[str, float]]:
@@ -85,7 +116,7 @@ def worst_leaf(opt_state: Any) -> dict[str, tuple[str, float]]:
     """
     worst = {}
     for name, state in recorded(opt_state):
-        ratios = [(float(jnp.max(_excess(s, x), initial=0.0)), path) for path, s, x in _rows(state)]
+        ratios = [(float(jnp.max(_excess(s, x), initial=0.0)), path) for path, s, x in rows(state)]
         if ratios:
             ratio, path = max(ratios, key=lambda r: r[0])
             worst[name] = (path, ratio)
@@ -101,40 +132,64 @@ def path_string(path: Any) -> str:
 
 
 def _excess(size: Any, limit: Any) -> jax.Array:
-    """size / limit; infinite where the size is not finite."""
-    return jnp.where(jnp.isfinite(size), size / limit, jnp.inf)
+    """size / limit, 0 where both are 0; infinite where the size is not finite."""
+    return jnp.where(jnp.isfinite(size), size / jnp.where((size == 0) & (limit == 0), 1, limit), jnp.inf)
 
 
-def _rows(state: ClipState) -> list[tuple[str, Any, Any]]:
+def rows(state: ClipState) -> list[tuple[str, Any, Any]]:
     """Path, size and limit of every recorded size; a limit deeper than its size makes a row of its own."""
-    assert state.stats is not None
-    sizes, limits = plain(state.stats.sizes), plain(state.stats.limits)
-    if jax.tree.structure(sizes).num_leaves <= jax.tree.structure(limits).num_leaves:
-        sizes = jax.tree.broadcast(sizes, limits)
-    else:
-        limits = jax.tree.broadcast(limits, sizes)
-    pairs = jax.tree.leaves_with_path(sizes)
-    return [(path_string(p), s, x) for (p, s), x in zip(pairs, jax.tree.leaves(limits), strict=True)]
+    stats = plain(state.stats)
+    return [(path_string(path), size, limit) for path, size, limit in _pairs(stats.sizes, stats.limits, ())]
 
 
-def _row_of(rows: list[tuple[str, Any, Any]]) -> jax.Array:
-    return jnp.concatenate([jnp.full(max(jnp.size(s), 0), i, jnp.int32) for i, (_, s, _) in enumerate(rows)])
+def _pairs(size: Any, limit: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Any, Any]]:
+    """Both are prefixes of the updates, but either may be the deeper one, here and there."""
+    if jax.tree_util.all_leaves([size]):
+        return [((*path, *p), size, x) for p, x in jax.tree.leaves_with_path(limit)]
+    if jax.tree_util.all_leaves([limit]):
+        return [((*path, *p), s, limit) for p, s in jax.tree.leaves_with_path(size)]
+    children = lambda tree: jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is not tree)
+    both = zip(children(size), children(limit), strict=True)
+    return [row for (p, s), (_, x) in both for row in _pairs(s, x, (*path, *p))]
+
+
+def _flat(table: list[tuple[str, Any, Any]]) -> tuple[jax.Array, jax.Array]:
+    """All sizes, and all limits, as vectors."""
+    sizes = [jnp.ravel(s) for _, s, _ in table]
+    limits = [jnp.ravel(jnp.broadcast_to(x, jnp.shape(s))) for _, s, x in table]
+    return jnp.concatenate(sizes), jnp.concatenate(limits)
+
+
+def _row_of(table: list[tuple[str, Any, Any]]) -> jax.Array:
+    return jnp.concatenate([jnp.full(jnp.size(s), i, jnp.int32) for i, (_, s, _) in enumerate(table)])
 
 
 def recorded(opt_state: Any) -> list[tuple[str, ClipState]]:
-    found = jax.tree.leaves_with_path(opt_state, is_leaf=lambda x: isinstance(x, ClipState))
-    out: list[tuple[str, ClipState]] = []
-    for path, state in found:
-        if isinstance(state, ClipState) and state.stats is not None:
-            keys = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
-            keys = [k for k in keys if k not in ("inner_states",)]
-            out.append(("/".join(keys), state))
-    counts: dict[str, int] = {}
+    """The clippers that record something, with their names."""
+    return _named(opt_state, "clip", ClipState, lambda state: state.stats is not None)
+
+
+def _named(opt_state: Any, label: str, kind: Any, counts: Any = lambda state: True) -> list[tuple[str, Any]]:
+    """The nodes of a kind in an optimizer state, named by label, number and the names of chains around them."""
+    seen: dict[str, int] = {}
     named = []
-    for keys, state in out:
-        n = counts[keys] = counts.get(keys, -1) + 1
-        named.append(("clip" + (f"_{n}" if n else "") + (f"/{keys}" if keys else ""), state))
+    for path, state in _nodes(opt_state, kind):
+        if counts(state):
+            keys = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey) and k.key != "inner_states")
+            n = seen[keys] = seen.get(keys, -1) + 1
+            named.append((label + (f"_{n}" if n else "") + (f"/{keys}" if keys else ""), state))
     return named
+
+
+def _nodes(tree: Any, kind: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Also those inside guards, but for a guard's own records."""
+    guards = (SkipState, SpikeState)
+    stop = lambda x: isinstance(x, guards) or isinstance(x, kind)
+    for more, node in jax.tree.leaves_with_path(tree, is_leaf=stop):
+        if isinstance(node, kind):
+            yield path + more, node
+        if isinstance(node, guards):
+            yield from _nodes(node.inner_state, kind, path + more)
 
 
 def plain(tree: Any) -> Any:
