@@ -104,7 +104,6 @@ def history(
     """
     _checks.check_count(call, "warmup", warmup)
     _checks.check_positive(call, "warmup_limit", warmup_limit)
-    _checks.check_positive(call, "max_norm" if call != "history" else "cap", cap)
     if patience is not None:
         _checks.check_count(call, "patience", patience, least=1)
     counted = callable(knob) or callable(cap)

@@ -1,11 +1,22 @@
 """How much is allowed? The shelf of rules: each is a `Threshold` for `clip_by`, at any scope.
 
-============== ==================================================== ===========================
-rule           limit                                                memory
-============== ==================================================== ===========================
-`fixed`        a number, a schedule, or a prefix tree of them       a step count, if scheduled
-`param_ratio`  ratio * max(size of the parameters, eps)             a step count, if scheduled
-============== ==================================================== ===========================
+================== ======================================================= ================
+rule               limit                                                   memory, per size
+================== ======================================================= ================
+`fixed`            a number, a schedule, or a prefix tree of them          none
+`param_ratio`      ratio * max(size of the parameters, eps)                none
+`ema_ratio`        ratio * moving average                                  3
+`zscore`           mean + z * std, moving averages; outliers to a target   4
+`ema_sigma`        mean + sigmas * std, moving averages of unclipped steps 4
+`window_zscore`    mean + z * std over a window                            window + 2
+`percentile`       a percentile of a window, this size included            window + 2
+`past_percentile`  a percentile of a full window before this size, capped  window + 2
+`order_statistic`  the k-th smallest of a window, this size included       window + 2
+`median_ratio`     ratio * median of a window, drawn once per window       window + 3
+`quantile_tracker` ratio * quantile, tracked by one number                 3
+================== ======================================================= ================
+
+A number per size is a float32 or an int32; a scheduled limit adds a step count.
 
 What feeds the history of a rule is a choice in the same words for every rule: ``feeding=`` `raw` (the size before the
 clip), `clipped` (after it), ``winsorized(factor)`` (in between), or `accepted` (nothing on a spike).
@@ -16,8 +27,15 @@ remembers.
 
 from optclip._history import Feed, History, accepted, clipped, history, raw, winsorized
 from optclip._methods.agc import param_ratio
+from optclip._methods.autoclip import percentile
+from optclip._methods.bitsandbytes import order_statistic
 from optclip._methods.ema import ema_ratio
 from optclip._methods.historical_norm import window_zscore
+from optclip._methods.median import median_ratio
+from optclip._methods.open_sora import ema_sigma
+from optclip._methods.quantile import quantile_tracker
+from optclip._methods.trellis import past_percentile
+from optclip._methods.zclip import reciprocal, to_max, to_mean, zscore
 from optclip._rules import Threshold, fixed, per_size
 
 __all__ = [
@@ -27,11 +45,21 @@ __all__ = [
     "accepted",
     "clipped",
     "ema_ratio",
+    "ema_sigma",
     "fixed",
     "history",
+    "median_ratio",
+    "order_statistic",
     "param_ratio",
+    "past_percentile",
     "per_size",
+    "percentile",
+    "quantile_tracker",
     "raw",
+    "reciprocal",
+    "to_max",
+    "to_mean",
     "window_zscore",
     "winsorized",
+    "zscore",
 ]
