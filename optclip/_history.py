@@ -59,10 +59,10 @@ class History(NamedTuple):
     inner: Any
 
 
-def mass(decay: Any, count: jax.Array) -> jax.Array:
+def mass(decay: Any, count: jax.Array, dtype: Any) -> jax.Array:
     """1 - decay**count, the weight of ``count`` >= 1 values in a moving average that started at 0."""
-    log = math.log(decay) if isinstance(decay, float) and decay > 0 else jnp.log(decay)
-    return -jnp.expm1(count * log)  # 1 - decay**count has no digits left for a decay of 0.99999 in float32
+    log = math.log(decay) if isinstance(decay, float) and decay > 0 else jnp.log(jnp.asarray(decay, dtype))
+    return -jnp.expm1(count.astype(dtype) * log)  # 1 - decay**count has few digits left for a decay of 0.99999
 
 
 def history(

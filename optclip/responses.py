@@ -2,7 +2,26 @@
 
 A response is a function ``(update, size, limit) -> update`` of arrays that broadcast against each other. `clip_by`
 hands it updates in float32 (float64, complex64) and casts the result back to the dtype of the leaf. All but `clamp`
-keep the direction, and turn an update whose size is not finite into NaN: loud, and the same for NaN and infinity.
+turn an update whose size is not finite into NaN: loud, and the same for NaN and infinity. All but `clamp` and `press`
+keep the direction.
+
+With s = size and c = limit, the new size is
+
+=============== ============================== ================================================
+response        new size                       grows
+=============== ============================== ================================================
+`rescale`       min(s, c)                      to c, with a kink
+`smooth`        s / (1 + s / c)                to c, slowest
+`square_root`   s / sqrt(1 + (s / c)^2)        to c
+`tanh`          c * tanh(s / c)                to c, fastest
+`arsinh`        c * arsinh(s / c)              as the logarithm of s, beyond c
+`log1p`         c * log(1 + s / c)             as the logarithm of s, beyond c
+`floored`       max(min(s, c), delta * s)      as delta * s, beyond c
+`normalize`     c                              not: small updates are raised to c as well
+`zero`          s up to c, else 0              not
+=============== ============================== ================================================
+
+`clamp` and `press` go by element: the first brings each to [-c, c], the second shrinks those beyond c by c / s.
 """
 
 from collections.abc import Callable
@@ -10,9 +29,24 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from optclip import _checks
+
 Response = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
-__all__ = ["Response", "clamp", "normalize", "rescale", "smooth", "zero"]
+__all__ = [
+    "Response",
+    "arsinh",
+    "clamp",
+    "floored",
+    "log1p",
+    "normalize",
+    "press",
+    "rescale",
+    "smooth",
+    "square_root",
+    "tanh",
+    "zero",
+]
 
 
 def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -67,3 +101,72 @@ def normalize(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array
     """Brings every update to its limit, up or down: u * limit / size. Zero stays, and so does all with limit inf."""
     limit = _loud(size, limit)
     return _to_size((size != 0) & (limit != jnp.inf), update, size, limit)
+
+
+def square_root(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+    """u / sqrt(1 + (size / limit)^2): shorter than the limit, slope 1 at zero, no kink.
+
+    Source: the map of singular values in Jiang, Semenov, Stich, "Spectral Clipping", ICML 2026, for a norm.
+    """
+
+    def shape(x: jax.Array) -> jax.Array:
+        low, high = jnp.minimum(x, 1), jnp.maximum(x, 1)
+        return jnp.where(x > 1, 1 / jnp.sqrt(1 + jnp.square(1 / high)), low / jnp.sqrt(1 + jnp.square(low)))
+
+    return _soft(update, size, limit, shape)
+
+
+def tanh(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+    """u * tanh(size / limit) / (size / limit): never longer than the limit, slope 1 at zero, no kink."""
+    return _soft(update, size, limit, jnp.tanh)
+
+
+def arsinh(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+    """u * arsinh(size / limit) / (size / limit): grows as the logarithm of the size, without bound.
+
+    Source: Oikonomidis, Quan, Laude, Patrinos, "Nonlinearly preconditioned gradient methods", ICML 2025.
+    """
+    return _soft(update, size, limit, jnp.arcsinh)
+
+
+def log1p(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+    """u * log(1 + size / limit) / (size / limit): grows as the logarithm of the size, without bound."""
+    return _soft(update, size, limit, jnp.log1p)
+
+
+def floored(delta: float) -> Response:
+    """The response u * min(1, max(delta, limit / size)): `rescale`, but never by less than ``delta``.
+
+    Args:
+      delta: in [0, 1]; 0 is `rescale`.
+
+    Source: Tucat, Mukherjee, Sen, Sun, Rivasplata, "Regularized gradient clipping provably trains wide and deep neural
+    networks", TMLR 2025, arXiv:2404.08624.
+    """
+    _checks.check("floored", "delta", delta, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
+
+    def response(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+        return rescale(update, size, jnp.maximum(limit, jnp.asarray(delta, size.dtype) * size))
+
+    return response
+
+
+def press(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+    """Shrinks the elements beyond the limit by limit / size, so that with size their largest none is beyond it.
+
+    Source: the AdaClip of Huang et al., "Stable-SPAM", 2025.
+    """
+    limit = _loud(size, limit)
+    return _to_size(~(jnp.abs(update) <= limit), update, size, limit)
+
+
+def _soft(
+    update: jax.Array, size: jax.Array, limit: jax.Array, shape: Callable[[jax.Array], jax.Array]
+) -> jax.Array:
+    """u * shape(x) / x with x = size / limit, for a shape with slope 1 at 0."""
+    limit = _loud(size, limit)
+    info = jnp.finfo(size.dtype)
+    bounded = limit != jnp.inf
+    x = jnp.minimum(size / jnp.where(bounded, limit, 1), info.max)
+    changed = bounded & ~(x < info.eps**2)  # below, shape(x) is x to the last bit, and limit * shape(x) may underflow
+    return _to_size(changed, update, size, limit * shape(jnp.where(changed, x, 1)))
