@@ -44,6 +44,15 @@ def check_count(call: str, name: str, value: Any, least: int = 0) -> None:
         raise ValueError(f"{call}({name}={value!r}): {name} must be an integer >= {least}")
 
 
+def check_ord(call: str, ord: Any) -> float:
+    """The order of a norm as a Python float > 0; it decides what is computed, so it cannot be traced."""
+    if isinstance(ord, jax.core.Tracer):
+        raise TypeError(f"{call}: ord must be a number, not traced; in optax.inject_hyperparams, static_args='ord'")
+    ord = float(ord) if isinstance(ord, jax.Array) and ord.ndim == 0 else ord
+    check(call, "ord", ord, lambda p: p > 0, "> 0")
+    return float(ord)
+
+
 def check_fits(what: str, new: Any, old: Any) -> None:
     """Raises unless ``new`` has the structure and shapes of ``old``, a part of the state."""
     trees = jax.tree.structure(new), jax.tree.structure(old)

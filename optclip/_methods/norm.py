@@ -6,13 +6,14 @@ from typing import Any
 import jax
 import optax
 
+from optclip import _checks
 from optclip._clip import clip_by
 from optclip._rules import fixed
 from optclip.measures import global_norm, group_norm, leaf_norm, unit_norm
 
 
 def clip_by_global_norm(
-    max_norm: Any, ord: float = 2, *, axis_name: Any = None, record: bool = True
+    max_norm: Any, ord: float | None = None, *, axis_name: Any = None, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the whole gradient down so that its norm never exceeds ``max_norm`` ("clipnorm").
 
@@ -23,7 +24,7 @@ def clip_by_global_norm(
     Args:
       max_norm: > 0, in units of the gradient norm: a number, a traced scalar, a schedule, or a prefix tree of these
         (``inf`` for leaves that count in the norm but are not to be scaled). ``inf`` alone only measures.
-      ord: p > 0, or infinity.
+      ord: p > 0, or infinity; None for 2 (no number, so that ``optax.inject_hyperparams`` does not trace it).
       axis_name: mesh axes to sum over inside ``shard_map(check_vma=False)`` and ``pmap``, see `measures.global_norm`.
       record: whether the state keeps the norm and the limit.
 
@@ -44,11 +45,12 @@ def clip_by_global_norm(
       >>> tx = optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-3))
     """
     rule = fixed(max_norm, call="clip_by_global_norm", name="max_norm")
+    ord = 2.0 if ord is None else _checks.check_ord("clip_by_global_norm", ord)
     return clip_by(partial(global_norm, ord=ord, axis_name=axis_name), rule, record=record)
 
 
 def clip_by_leaf_norm(
-    max_norm: Any, ord: float = 2, *, stack_axis: Any = None, axis_name: Any = None, record: bool = True
+    max_norm: Any, ord: float | None = None, *, stack_axis: Any = None, axis_name: Any = None, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf down so that its own norm never exceeds ``max_norm`` (Keras ``clipnorm``).
 
@@ -59,7 +61,7 @@ def clip_by_leaf_norm(
 
     Args:
       max_norm: > 0, in units of the gradient norm of a leaf: a number, a traced scalar, a schedule, or a prefix tree.
-      ord: p > 0, or infinity.
+      ord: p > 0, or infinity; None for 2 (no number, so that ``optax.inject_hyperparams`` does not trace it).
       stack_axis: the axis along which leaves stack layers, each clipped on its own, see `measures.leaf_norm`.
       axis_name: see `clip_by_global_norm`.
       record: whether the state keeps norms and limits.
@@ -78,11 +80,12 @@ def clip_by_leaf_norm(
       >>> tx = optax.chain(clip_by_leaf_norm(1.0), optax.sgd(0.1))
     """
     rule = fixed(max_norm, call="clip_by_leaf_norm", name="max_norm")
+    ord = 2.0 if ord is None else _checks.check_ord("clip_by_leaf_norm", ord)
     return clip_by(partial(leaf_norm, ord=ord, stack_axis=stack_axis, axis_name=axis_name), rule, record=record)
 
 
 def clip_by_group_norm(
-    max_norm: Any, groups: Any = None, ord: float = 2, *, axis_name: Any = None, record: bool = True
+    max_norm: Any, groups: Any = None, ord: float | None = None, *, axis_name: Any = None, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """One norm and one limit per group of leaves.
 
@@ -95,7 +98,7 @@ def clip_by_group_norm(
       max_norm: > 0: a prefix tree of numbers or schedules with one limit per group, or one limit for all groups.
       groups: a prefix tree of labels, as `optax.partition` takes them, or a function from the updates to one; equal
         labels share a norm. None takes each leaf of the tree ``max_norm`` as a group of its own.
-      ord: p > 0, or infinity.
+      ord: p > 0, or infinity; None for 2 (no number, so that ``optax.inject_hyperparams`` does not trace it).
       axis_name: see `clip_by_global_norm`.
       record: whether the state keeps norms and limits.
 
@@ -113,6 +116,7 @@ def clip_by_group_norm(
       >>> tx = clip_by_group_norm({"encoder": 1.0, "head": 0.1})
     """
     rule = fixed(max_norm, call="clip_by_group_norm", name="max_norm")
+    ord = 2.0 if ord is None else _checks.check_ord("clip_by_group_norm", ord)
     if groups is None:
         limits, treedef = jax.tree.flatten(max_norm)
         groups = treedef.unflatten(range(len(limits)))
@@ -122,7 +126,7 @@ def clip_by_group_norm(
 def clip_by_unit_norm(
     max_norm: Any,
     axis: Any = None,
-    ord: float = 2,
+    ord: float | None = None,
     *,
     stack_axis: Any = None,
     axis_name: Any = None,
@@ -137,7 +141,7 @@ def clip_by_unit_norm(
     Args:
       max_norm: > 0, in units of the gradient norm of a unit: a number, a traced scalar, a schedule, or a prefix tree.
       axis: the axes that make up a unit, see `measures.unit_norm`; None counts fan-in per rank as NFNets do.
-      ord: p > 0, or infinity.
+      ord: p > 0, or infinity; None for 2 (no number, so that ``optax.inject_hyperparams`` does not trace it).
       stack_axis: axes along which leaves stack layers.
       axis_name: the mesh axes over which the reduced dimensions are sharded, see `measures.unit_norm`.
       record: whether the state keeps norms and limits; off, for they are as many as units.
@@ -156,5 +160,6 @@ def clip_by_unit_norm(
       >>> tx = optax.chain(clip_by_unit_norm(0.1), optax.sgd(0.1))
     """
     rule = fixed(max_norm, call="clip_by_unit_norm", name="max_norm")
+    ord = 2.0 if ord is None else _checks.check_ord("clip_by_unit_norm", ord)
     measure = partial(unit_norm, axis=axis, ord=ord, stack_axis=stack_axis, axis_name=axis_name)
     return clip_by(measure, rule, record=record)
