@@ -11,6 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from optclip.per_example._convolution import convolution
 from optclip.per_example._jax import JaxprEqn
 from optclip.per_example._terms import Axis, Dense, Factored, OneHot, Term, dense, new_label
 
@@ -67,6 +68,7 @@ def _scatter_add(eqn: JaxprEqn, operand: Any, indices: Any, updates: Any) -> Fac
 
 
 GRADIENTS: dict[str, Callable[..., Factored | None]] = {
+    "conv_general_dilated": convolution,
     "dot_general": _dot_general,
     "scatter-add": _scatter_add,
 }

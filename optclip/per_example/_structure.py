@@ -157,6 +157,23 @@ def _along(term: Term, label: int, function: Callable[[Any, int], Any]) -> Term 
     return dataclasses.replace(term, factors=tuple(factors), axes=axes)
 
 
+def _rev(eqn: JaxprEqn, value: Factored) -> Outputs:
+    """Turning an axis around turns the factors that hold its one label."""
+
+    def rule(term: Term) -> Term | None:
+        for i in eqn.params["dimensions"]:
+            axis = term.axes[i]
+            if axis.placed or len(axis.labels) > 1:
+                return None
+            flipped = _along(term, axis.labels[0], jnp.flip) if axis.labels else term
+            if flipped is None:
+                return None
+            term = flipped
+        return term
+
+    return _each(value, eqn, rule)
+
+
 def _pad(eqn: JaxprEqn, value: Factored, _: Any) -> Outputs:
     """Zeros around a gradient are its place in a larger one. Needs a literal zero, no negative and no inner padding."""
     config, padding = eqn.params["padding_config"], eqn.invars[1]
@@ -260,10 +277,11 @@ STRUCTURE: dict[str, Callable[..., Outputs]] = {
     "pad": _pad,
     "reduce_sum": _reduce_sum,
     "reshape": _reshape,
+    "rev": _rev,
     "slice": _slice,
     "split": _split,
     "squeeze": _reshape,
     "sub": _sub,
     "transpose": _transpose,
 }
-NORM_PRESERVING = {"convert_element_type", "copy", "copy_p", "neg", "reshape", "squeeze", "transpose"}
+NORM_PRESERVING = {"convert_element_type", "copy", "copy_p", "neg", "reshape", "rev", "squeeze", "transpose"}
