@@ -175,7 +175,8 @@ def _named(opt_state: Any, label: str, kind: Any, counts: Any = lambda state: Tr
     named = []
     for path, state in _nodes(opt_state, kind):
         if counts(state):
-            keys = "/".join(str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey) and k.key != "inner_states")
+            names = [str(k.key) for k in path if isinstance(k, jax.tree_util.DictKey)]
+            keys = "/".join(name for name in names if name != "inner_states")
             n = seen[keys] = seen.get(keys, -1) + 1
             named.append((label + (f"_{n}" if n else "") + (f"/{keys}" if keys else ""), state))
     return named
@@ -184,8 +185,7 @@ def _named(opt_state: Any, label: str, kind: Any, counts: Any = lambda state: Tr
 def _nodes(tree: Any, kind: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Also those inside guards, but for a guard's own records."""
     guards = (SkipState, SpikeState)
-    stop = lambda x: isinstance(x, guards) or isinstance(x, kind)
-    for more, node in jax.tree.leaves_with_path(tree, is_leaf=stop):
+    for more, node in jax.tree.leaves_with_path(tree, is_leaf=lambda x: isinstance(x, (guards, kind))):
         if isinstance(node, kind):
             yield path + more, node
         if isinstance(node, guards):

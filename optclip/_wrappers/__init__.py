@@ -1,0 +1,1 @@
+"""Guards around an optimizer, and feedback around a clipper."""
