@@ -10,7 +10,7 @@ from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
 from optclip._memories import Window, at, empty, push, ranked
-from optclip._rules import Threshold
+from optclip._rules import Threshold, select
 from optclip.measures import Measure, leaf_norm
 
 
@@ -52,9 +52,8 @@ def order_statistic(
         return empty(size, window)
 
     def feed(value: jax.Array, inner: Window, count: jax.Array) -> Window:
-        every = jnp.broadcast_to(value[..., None], inner.values.shape)
-        first = (count == 0)[..., None]
-        return Window(jnp.where(first, every, push(value, inner, count).values))
+        filled = Window(jnp.broadcast_to(value[..., None], inner.values.shape))
+        return select(count == 0, filled, push(value, inner, count))
 
     def limit(size: jax.Array, inner: Window, count: jax.Array, rank: Any) -> jax.Array:
         values, n = ranked(feed(size, inner, count))

@@ -10,8 +10,8 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
-from optclip._memories import at, empty, push, ranked
-from optclip._rules import Threshold
+from optclip._memories import Window, at, empty, push, ranked
+from optclip._rules import Threshold, select
 from optclip.measures import Measure, global_norm
 
 _EARLY = (10, 20, 40)  # values after which a first, doubled estimate is made
@@ -70,17 +70,16 @@ def median_ratio(
 
     def feed(value: jax.Array, inner: Median, count: jax.Array) -> Median:
         started = count > 0
-        values = jnp.where(started[..., None], push(value, inner, count).values, inner.values)
-        order, n = ranked(values)
+        old = Window(inner.values)
+        new = select(started, push(value, old, count), old)
+        order, n = ranked(new)
         middle = at(order, jnp.minimum(2 * (n // 4), jnp.maximum(n - 1, 0)))
         first = jnp.any(count[..., None] == early.reshape((1,) * count.ndim + (-1,)), axis=-1)
         drawn = started & (first | (count % window == 0))
-        return Median(values, jnp.where(drawn, jnp.where(first, 2 * middle, middle), inner.median))
+        return Median(new.values, jnp.where(drawn, jnp.where(first, 2 * middle, middle), inner.median))
 
     def limit(size: jax.Array, inner: Median, count: jax.Array, ratio: Any) -> jax.Array:
-        # An estimate drawn on this very size counts it, as in the code this follows.
-        inner = feed(size, inner, count)
-        return jnp.asarray(ratio, size.dtype) * inner.median
+        return jnp.asarray(ratio, size.dtype) * feed(size, inner, count).median
 
     return history(
         init, limit, feed, knob=ratio, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
