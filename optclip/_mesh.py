@@ -2,26 +2,27 @@
 
 Under ``jit`` with sharded arrays there is nothing to do: the compiler sees whole arrays. Under ``shard_map`` and
 ``pmap`` a function sees its own shard. With checked varying axes (``check_vma=True``) the type of an array says over
-which axes its shards differ; without, only the user knows, and says so with ``axis_name``.
+which axes its shards differ; without, only the user knows, and says so with ``axis_name``. Whatever differs between
+releases of jax in this is here.
 """
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = Any  # None (read the types), a name, a tuple of names, or a prefix tree of these
+AxisName = Any  # None (read the types), a name, a tuple of names, a prefix tree of these, or a function making one
 
 _local = threading.local()
 
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside, no collective is made: ``init`` asks for shapes, often outside the mesh."""
+    """Inside, names that are not bound are passed over: ``init`` asks for shapes, often outside the mesh."""
     before = getattr(_local, "shapes_only", False)
     _local.shapes_only = True
     try:
@@ -32,100 +33,201 @@ def shapes_only() -> Iterator[None]:
 
 def varying_axes(x: Any) -> tuple[str, ...]:
     """The manual mesh axes over which ``x`` is known to differ, sorted."""
+    return tuple(sorted(_manual_type(x, "varying")))
+
+
+def _manual_type(x: Any, field: str) -> Iterable[str]:
     aval = jax.typeof(x)
-    axes = getattr(aval, "vma", None)
-    if axes is None:  # jax >= 0.10
-        axes = getattr(getattr(aval, "manual_axis_type", None), "varying", ())
-    return tuple(sorted(axes))
+    if hasattr(aval, "vma"):  # jax < 0.10
+        return aval.vma if field == "varying" else ()
+    return getattr(getattr(aval, "manual_axis_type", None), field, ())
+
+
+def _tracked(axis: str) -> bool:
+    """Whether types say what varies over ``axis``; not so with ``check_vma=False``, ``pmap`` and ``vmap``."""
+    return axis in varying_axes(lax.axis_index(axis))
 
 
 def _unchecked_axes() -> tuple[str, ...]:
-    """The manual axes whose varying values are not tracked (``check_vma=False``, ``pmap``)."""
-    manual = tuple(jax.sharding.get_abstract_mesh().manual_axes)
-    return tuple(a for a in manual if not varying_axes(lax.axis_index(a)))
+    return tuple(a for a in jax.sharding.get_abstract_mesh().manual_axes if not _tracked(a))
 
 
-def _is_spec(x: Any) -> bool:
-    return x is None or isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(a, str) for a in x))
-
-
-def sum_axes(tree: Any, axis_name: AxisName, *, whole: bool = True) -> list[tuple[str, ...]]:
+def sum_axes(tree: Any, axis_name: AxisName, whole: Sequence[bool] | None = None) -> list[tuple[str, ...]]:
     """For each leaf of ``tree`` the mesh axes to sum over.
 
     Args:
       tree: the updates.
-      axis_name: None reads the types of the leaves; otherwise a name, a tuple of names, or a prefix tree of these in
-        which None means "replicated". Names the user gives are taken at their word.
-      whole: whether a leaf is measured whole. Where only some of its axes are (units), a type does not say whether
-        the measured axes are the sharded ones, so a varying leaf needs ``axis_name``.
+      axis_name: None reads the types of the leaves; otherwise a name, a tuple of names, a prefix tree of these in which
+        None means "replicated", or a function from the tree to one. Where types are checked, a name counts only for
+        leaves that vary over it: the others are whole already. Elsewhere names are taken at their word.
+      whole: for each leaf, whether it is measured whole (all are by default). Where only some of its axes are (units,
+        stacked layers), a type does not say whether those are the sharded ones, so a varying leaf needs ``axis_name``.
     """
     leaves = jax.tree.leaves(tree)
-    if getattr(_local, "shapes_only", False):
-        return [()] * len(leaves)
+    for leaf in leaves:
+        _check_reduced(leaf)
     if axis_name is not None:
-        if _is_spec(axis_name):
-            specs = [axis_name] * len(leaves)
-        else:
-            wide = jax.tree.map(lambda a, sub: jax.tree.map(lambda _: _Spec(a), sub), axis_name, tree, is_leaf=_is_spec)
-            specs = [s.axes for s in jax.tree.leaves(wide)]
-        return [() if s is None else (s,) if isinstance(s, str) else s for s in specs]
-    unchecked = _unchecked_axes()
-    if unchecked and leaves:
+        specs = _specs(axis_name, tree)
+        bound = _bound({a for names in specs for a in names})
+        return [
+            tuple(a for a in names if a in bound and (not bound[a] or a in varying_axes(x)))
+            for names, x in zip(specs, leaves, strict=True)
+        ]
+    unchecked = _unchecked_axes() if leaves else ()
+    if unchecked:
         raise ValueError(
             f"a norm was asked for inside shard_map(check_vma=False) or pmap over the mesh axes {unchecked}, where "
             "types do not say which leaves are sharded: pass axis_name= (a name, a tuple of names, or a prefix tree "
             "of them with None for replicated leaves; axis_name=() if every leaf is replicated)"
         )
     axes = [varying_axes(x) for x in leaves]
-    if not whole and any(axes):
-        raise ValueError(
-            f"unit-wise sizes of a leaf that varies over the mesh axes {max(axes)} need axis_name=: the axes over "
-            "which the measured dimensions are sharded, or () if none of them is"
-        )
+    for names, all_of_it in zip(axes, whole or [True] * len(axes), strict=True):
+        if names and not all_of_it:
+            raise ValueError(
+                f"sizes of units or layers of a leaf that varies over the mesh axes {names} need axis_name=: the axes "
+                "over which the measured dimensions are sharded, or () if none of them is"
+            )
     return axes
 
 
-class _Spec:  # a leaf, so that a tuple of names survives tree.map
-    def __init__(self, axes: Any):
-        self.axes = axes
+def _is_spec(x: Any) -> bool:
+    return x is None or isinstance(x, str) or (isinstance(x, tuple) and all(isinstance(a, str) for a in x))
+
+
+def _specs(axis_name: AxisName, tree: Any) -> list[tuple[str, ...]]:
+    axis_name = axis_name(tree) if callable(axis_name) else axis_name
+    specs: list[Any] = []
+    spread = lambda spec, below: specs.extend([spec] * len(jax.tree.leaves(below)))
+    if _is_spec(axis_name):
+        spread(axis_name, tree)
+    else:
+        try:
+            jax.tree.map(spread, axis_name, tree, is_leaf=_is_spec)
+        except ValueError as error:
+            raise ValueError(
+                f"axis_name={axis_name!r} must be a name, a tuple of names, or a prefix tree of these, here of "
+                f"{jax.tree.structure(tree)}"
+            ) from error
+    return [() if s is None else (s,) if isinstance(s, str) else s for s in specs]
+
+
+def _bound(names: Iterable[str]) -> dict[str, bool]:
+    """Those of ``names`` that are bound here, each with whether types track it; others raise."""
+    bound = {}
+    for name in names:
+        try:
+            bound[name] = _tracked(name)
+        except NameError:
+            if not getattr(_local, "shapes_only", False):
+                raise ValueError(
+                    f"axis_name={name!r} names no axis that is bound here: it is for shard_map, pmap and vmap; under "
+                    "jit with sharded arrays norms are global without it"
+                ) from None
+    return bound
+
+
+def _check_reduced(leaf: Any) -> None:
+    if not hasattr(leaf, "dtype") or leaf.dtype == jax.dtypes.float0:
+        return
+    spec = getattr(getattr(jax.typeof(leaf), "sharding", None), "spec", None)
+    axes = tuple(getattr(spec, "unreduced", None) or ()) + tuple(_manual_type(leaf, "unreduced"))
+    if axes:
+        raise ValueError(
+            f"a leaf of type {jax.typeof(leaf)} is unreduced over the mesh axes {axes}: its sum is still to be made, "
+            "and a norm is not linear. Reduce it first, with jax.reshard or lax.psum"
+        )
+
+
+def axes_size(axes: tuple[str, ...]) -> int:
+    """How many shards a sum over ``axes`` joins."""
+    size = 1
+    for axis in axes:
+        size *= lax.axis_size(axis)
+    return size
 
 
 def all_reduce(parts: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], op: str = "sum") -> list[jax.Array]:
-    """Reduces each part over its own axes, with one collective for all of them.
+    """Reduces each part over its own axes; all scalars share one collective.
 
-    Parts with fewer axes than the union are counted on one index of each other axis (zero elsewhere), so the sum is
-    exact; a maximum of non-negative parts needs no such care.
+    A scalar with fewer axes than the others is the same along those it lacks, so it is counted on one index of them.
+    Arrays hold sizes that may well differ along axes they are not reduced over; they share a collective with parts of
+    the same axes. Parts are non-negative if ``op`` is "max"; a NaN comes back as infinity from that.
     """
     union = tuple(sorted({a for names in axes for a in names}))
-    if not union:
-        return list(parts)
-    picked = [i for i, names in enumerate(axes) if names]
-    flat = []
-    for i in picked:
-        part = jnp.ravel(parts[i])
+    shared: dict[tuple[str, ...], list[int]] = {}
+    for i, (part, own) in enumerate(zip(parts, axes, strict=True)):
+        alike = jnp.ndim(part) == 0 and not any(a in union and a not in own for a in varying_axes(part))
+        shared.setdefault(union if alike else tuple(sorted(own)), []).append(i)
+    out = list(parts)
+    for names, rows in shared.items():
+        if not names:
+            continue
+        flat = [_once(jnp.ravel(parts[i]), [a for a in names if a not in axes[i]]) for i in rows]
+        packed = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
         if op == "sum":
-            for axis in union:
-                if axis not in axes[i]:
-                    part = jnp.where(lax.axis_index(axis) == 0, part, jnp.zeros_like(part))
-        flat.append(part)
-    sizes = [part.size for part in flat]
-    packed = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
-    packed = _vary(packed, union)
-    packed = lax.psum(packed, union) if op == "sum" else lax.pmax(packed, union)
-    out, start = list(parts), 0
-    for i, size in zip(picked, sizes, strict=True):
-        out[i] = jnp.reshape(packed[start : start + size], jnp.shape(parts[i]))
-        start += size
+            packed = lax.psum(packed, names)
+        else:  # the largest of a NaN and a number is often the number, from device to device
+            packed = lax.pmax(jnp.where(jnp.isnan(packed), jnp.inf, packed), names)
+        start = 0
+        for i, part in zip(rows, flat, strict=True):
+            out[i] = jnp.reshape(packed[start : start + part.size], jnp.shape(parts[i]))
+            start += part.size
     return out
 
 
-def _vary(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Marks ``x`` as varying over ``axes``, which a collective over them asks for where types are checked."""
-    missing = tuple(a for a in axes if a not in varying_axes(x) and varying_axes(lax.axis_index(a)))
-    return lax.pcast(x, missing, to="varying") if missing else x
+def _once(part: jax.Array, axes: Iterable[str]) -> jax.Array:
+    """``part`` on the first index of ``axes``, zero elsewhere."""
+    for axis in axes:
+        part = jnp.where(lax.axis_index(axis) == 0, part, jnp.zeros_like(part))
+    return part
 
 
-def agree(flag: jax.Array) -> jax.Array:
-    """True on every device if ``flag`` is true on any that may differ: for ``lax.cond``, which must branch together."""
-    axes = varying_axes(flag) or (() if getattr(_local, "shapes_only", False) else _unchecked_axes())
+def agree(flag: jax.Array, axis_name: str | tuple[str, ...] | None = None) -> jax.Array:
+    """True on every device if ``flag`` is true on any: for decisions that devices must take together.
+
+    Args:
+      flag: a boolean scalar.
+      axis_name: the axes over which to agree; None for all over which ``flag`` may differ.
+    """
+    axes = _may_differ(flag, axis_name)
     return lax.pmax(flag.astype(jnp.int32), axes).astype(bool) if axes else flag
+
+
+def average(x: jax.Array) -> jax.Array:
+    """The mean of ``x`` over all devices on which it may differ."""
+    axes = _may_differ(x, None)
+    return lax.pmean(x, axes) if axes else x
+
+
+def _may_differ(x: jax.Array, axis_name: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    varying = varying_axes(x)
+    if axis_name is None:
+        return (*varying, *_unchecked_axes())
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    return tuple(a for a, tracked in _bound(set(names)).items() if not tracked or a in varying)
+
+
+def place(tree: Any, types: Any, like: Any) -> Any:
+    """``tree`` with the explicit shardings and the varying axes of ``types``, so that a fresh state keeps its type.
+
+    Arrays outside ``jit`` go to the devices of the mesh on which the first sharded leaf of ``like`` lies.
+    """
+
+    def one(x: Any, type: Any) -> Any:
+        missing = tuple(a for a in varying_axes(type) if a not in varying_axes(x))
+        x = lax.pcast(x, missing, to="varying") if missing else x
+        sharding = getattr(type, "sharding", None)
+        spec = getattr(sharding, "spec", ())
+        if not any(spec) or not sharding.mesh.explicit_axes:
+            return x
+        if not isinstance(x, jax.core.Tracer):
+            mesh = next((s.mesh for s in map(_sharding, jax.tree.leaves(like)) if s is not None), None)
+            return x if mesh is None else jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
+        return jax.reshard(x, sharding)
+
+    return jax.tree.map(one, tree, types)
+
+
+def _sharding(x: Any) -> Any:
+    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
+    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None

@@ -76,9 +76,10 @@ def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.A
     # Below `low` what underflowed may matter: up to 2^40 elements of less than tiny each are lost.
     low, high = float(info.tiny) * 2.0**66, float(info.max) / 4
     odd = [jnp.any(~((s >= low) & (s <= high))) for s in sums]
-    # Scalars that crossed the mesh are equal on it; sizes of units are not, and `again` needs all devices together.
-    over = () if all(d is None for d in plan.dims) else tuple({a for names in plan.mesh for a in names})
-    odd = _mesh.agree(jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0], over)
+    odd = jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0]
+    # Devices that meet in `again` must enter it together. Scalars that crossed the mesh agree, sizes of units may not.
+    meet = () if all(d is None for d in plan.dims) else {a for names in plan.mesh for a in names}
+    odd = _mesh.agree(odd, (*_mesh.varying_axes(odd), *meet))
 
     def again(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest = _reduce([_magnitude(x, dtype) for x in leaves], plan, "max")
@@ -103,12 +104,12 @@ def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
         magnitude = jnp.abs(unit)
         sign = jnp.where(magnitude == 0, 0, unit / jnp.where(magnitude == 0, 1, magnitude))
         if ord == np.inf:
-            weight = (magnitude == 1).astype(size.dtype)
+            weight = (_magnitude(x, size.dtype) == size).astype(size.dtype)
         else:
             weight = jnp.where(magnitude == 0, 0, jnp.where(magnitude == 0, 1, magnitude) ** (ord - 1))
         parts.append((jnp.conj(sign) * widen(dx, size.dtype)).real * weight)
     if ord == np.inf:  # share the derivative between ties
-        ties = [(jnp.abs(x).astype(sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
+        ties = [(_magnitude(x, sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
                 for x, g in zip(leaves, plan.group, strict=True)]
         counts = _reduce(ties, plan, "sum")
         parts = [p / jnp.maximum(counts[g], 1) for p, g in zip(parts, plan.group, strict=True)]

@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from optclip import _checks, _mesh, _numerics
 
@@ -54,7 +53,7 @@ def global_norm(tree: Updates, ord: float = 2, *, axis_name: Any = None) -> jax.
       >>> float(global_norm({"w": jnp.full((2, 2), 300.0, jnp.float16)}))
       600.0
     """
-    _check_ord("global_norm", ord)
+    ord = _checks.check_ord("global_norm", ord)
     leaves, axes = _gradients(tree, axis_name)
     if not leaves:
         return jnp.zeros((), jnp.float32)
@@ -81,11 +80,11 @@ def group_norm(tree: Updates, groups: Any, ord: float = 2, *, axis_name: Any = N
       >>> {k: float(v) for k, v in sizes.items()}
       {'a': 2.0, 'b': 3.0}
     """
-    _check_ord("group_norm", ord)
+    ord = _checks.check_ord("group_norm", ord)
     groups = groups(tree) if callable(groups) else groups
     labels, treedef = jax.tree.flatten(groups)
-    wide = jax.tree.leaves(jax.tree.map(lambda g, sub: jax.tree.map(lambda _: g, sub), groups, tree))
     leaves = jax.tree.leaves(tree)
+    wide = _wide("groups", groups, tree)
     axes = _mesh.sum_axes(tree, axis_name)
     rows = [(x, g, a) for x, g, a in zip(leaves, wide, axes, strict=True) if _numerics.is_gradient(x)]
     index: dict[Hashable, int] = {}
@@ -115,10 +114,9 @@ def leaf_norm(tree: Updates, ord: float = 2, *, stack_axis: Any = None, axis_nam
       >>> leaf_norm({"w": jnp.ones((3, 2, 2))}, stack_axis=0)["w"].shape
       (3, 1, 1)
     """
-    _check_ord("leaf_norm", ord)
-    stacks = _axes_per_leaf("stack_axis", stack_axis, tree)
-    dims = [_others(s, x) for s, x in zip(stacks, jax.tree.leaves(tree), strict=True)]
-    return _per_leaf(tree, dims, ord, axis_name)
+    ord = _checks.check_ord("leaf_norm", ord)
+    dims = _stacked_dims(tree, stack_axis)
+    return _per_leaf(tree, dims, ord, _axes_for(tree, dims, axis_name))
 
 
 def leaf_rms(tree: Updates, *, stack_axis: Any = None, axis_name: Any = None) -> Sizes:
@@ -136,11 +134,11 @@ def leaf_rms(tree: Updates, *, stack_axis: Any = None, axis_name: Any = None) ->
       >>> float(leaf_rms({"w": jnp.full((16,), 3.0)})["w"])
       3.0
     """
-    sizes = leaf_norm(tree, stack_axis=stack_axis, axis_name=axis_name)
-    axes = _mesh.sum_axes(tree, axis_name)
-    parts, treedef = jax.tree.flatten(sizes)
+    dims = _stacked_dims(tree, stack_axis)
+    axes = _axes_for(tree, dims, axis_name)
+    parts, treedef = jax.tree.flatten(_per_leaf(tree, dims, 2, axes))
     counts = [
-        jnp.size(x) // max(jnp.size(s), 1) * int(np.prod([jax.lax.axis_size(a) for a in names], dtype=int))
+        jnp.size(x) // max(jnp.size(s), 1) * _mesh.axes_size(names)
         for x, s, names in zip(jax.tree.leaves(tree), parts, axes, strict=True)
     ]
     return treedef.unflatten([s / max(n, 1) ** 0.5 for s, n in zip(parts, counts, strict=True)])
@@ -169,11 +167,18 @@ def unit_norm(
       >>> unit_norm({"kernel": jnp.ones((4, 2)), "bias": jnp.ones(4)})["kernel"].tolist()
       [[2.0, 2.0]]
     """
-    _check_ord("unit_norm", ord)
+    ord = _checks.check_ord("unit_norm", ord)
     stacks = _axes_per_leaf("stack_axis", stack_axis, tree)
     given = _axes_per_leaf("axis", axis, tree)
     dims = [_fan_in(x, a, s) for x, a, s in zip(jax.tree.leaves(tree), given, stacks, strict=True)]
-    return _per_leaf(tree, dims, ord, axis_name, whole=False)
+    axes = _axes_for(tree, dims, axis_name)
+    for x, a, d, names in zip(jax.tree.leaves(tree), given, dims, axes, strict=True):
+        if a is None and jnp.ndim(x) == len(d) > 1 and (names or _mesh.varying_axes(x)):
+            raise ValueError(
+                f"unit_norm: a shard of shape {jnp.shape(x)} does not tell which axes of the whole leaf make up a unit "
+                "(it has at most one axis longer than 1): pass axis="
+            )
+    return _per_leaf(tree, dims, ord, axes)
 
 
 def magnitude(tree: Updates) -> Sizes:
@@ -198,9 +203,8 @@ def magnitude(tree: Updates) -> Sizes:
     return jax.tree.map(size, tree)
 
 
-def _per_leaf(tree: Updates, dims: list[Any], ord: float, axis_name: Any, whole: bool = True) -> Sizes:
+def _per_leaf(tree: Updates, dims: list[Any], ord: float, axes: list[tuple[str, ...]]) -> Sizes:
     leaves, treedef = jax.tree.flatten(tree)
-    axes = _mesh.sum_axes(tree, axis_name, whole=whole)
     rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
     plan = _numerics.Plan(tuple(dims[i] for i in rows), tuple(range(len(rows))), tuple(axes[i] for i in rows))
     sizes = _numerics.norms([leaves[i] for i in rows], plan, ord)
@@ -210,14 +214,17 @@ def _per_leaf(tree: Updates, dims: list[Any], ord: float, axis_name: Any, whole:
     return treedef.unflatten(out)
 
 
+def _axes_for(tree: Updates, dims: list[Any], axis_name: Any) -> list[tuple[str, ...]]:
+    """The mesh axes over which each leaf is summed, where ``dims`` are the axes to reduce; None for all."""
+    pairs = zip(jax.tree.leaves(tree), dims, strict=True)
+    whole = [d is None or len(d) == jnp.ndim(x) or not _numerics.is_gradient(x) for x, d in pairs]
+    return _mesh.sum_axes(tree, axis_name, whole)
+
+
 def _gradients(tree: Updates, axis_name: Any) -> tuple[list[Any], list[tuple[str, ...]]]:
     axes = _mesh.sum_axes(tree, axis_name)
     rows = [(x, a) for x, a in zip(jax.tree.leaves(tree), axes, strict=True) if _numerics.is_gradient(x)]
     return [x for x, _ in rows], [a for _, a in rows]
-
-
-def _check_ord(call: str, ord: float) -> None:
-    _checks.check(call, "ord", ord, lambda p: p > 0, "> 0")
 
 
 def _is_axes(x: Any) -> bool:
@@ -227,15 +234,23 @@ def _is_axes(x: Any) -> bool:
 def _axes_per_leaf(name: str, spec: Any, tree: Updates) -> list[tuple[int, ...] | None]:
     """``spec`` (an int, a tuple, None, or a prefix tree of them) for each leaf, as a tuple of ints or None."""
     n = len(jax.tree.leaves(tree))
-    if _is_axes(spec):
-        specs = [spec] * n
-    else:
-        wide = jax.tree.map(lambda a, sub: jax.tree.map(lambda _: (a,), sub), spec, tree, is_leaf=_is_axes)
-        boxed = jax.tree.leaves(wide, is_leaf=lambda x: isinstance(x, tuple) and len(x) == 1 and _is_axes(x[0]))
-        specs = [box[0] for box in boxed]
-    if len(specs) != n:
+    specs = [spec] * n if _is_axes(spec) else _wide(name, spec, tree, is_leaf=_is_axes)
+    if not all(map(_is_axes, specs)):
         raise ValueError(f"{name} must be an int, a tuple of ints, None, or a prefix tree of these, got {spec!r}")
     return [(s,) if isinstance(s, int) else s for s in specs]
+
+
+def _wide(name: str, prefix: Any, tree: Updates, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """The entry of a prefix tree for each leaf of ``tree``; a tree without leaves asks for no structure."""
+    wide: list[Any] = []
+    if jax.tree.leaves(tree):
+        spread = lambda entry, below: wide.extend([entry] * len(jax.tree.leaves(below)))
+        try:
+            jax.tree.map(spread, prefix, tree, is_leaf=is_leaf)
+        except ValueError as error:
+            trees = f"{jax.tree.structure(prefix, is_leaf=is_leaf)} for {jax.tree.structure(tree)}"
+            raise ValueError(f"{name} must be a prefix tree of the updates, got {trees}") from error
+    return wide
 
 
 def _positive(axes: tuple[int, ...], x: Any) -> tuple[int, ...]:
@@ -251,6 +266,11 @@ def _others(stack: tuple[int, ...] | None, x: Any) -> tuple[int, ...] | None:
         return None
     kept = _positive(stack, x)
     return tuple(a for a in range(jnp.ndim(x)) if a not in kept)
+
+
+def _stacked_dims(tree: Updates, stack_axis: Any) -> list[tuple[int, ...] | None]:
+    stacks = _axes_per_leaf("stack_axis", stack_axis, tree)
+    return [_others(s, x) for s, x in zip(stacks, jax.tree.leaves(tree), strict=True)]
 
 
 def _fan_in(x: Any, axis: tuple[int, ...] | None, stack: tuple[int, ...] | None) -> tuple[int, ...]:
