@@ -109,8 +109,8 @@ def history(
     counted = callable(knob) or callable(cap)
 
     def start(size: jax.Array) -> History:
-        zero = jnp.zeros(jnp.shape(size), jnp.int32)
-        return History(zero if counted else (), zero, zero, init(size))
+        zeros = lambda: jnp.zeros(jnp.shape(size), jnp.int32)  # one buffer each, for a state can be donated
+        return History(zeros() if counted else (), zeros(), zeros(), init(size))
 
     def step(size: jax.Array, memory: History, **extra: Any) -> tuple[jax.Array, History]:
         del extra
@@ -134,3 +134,42 @@ def history(
         return allowed, History(after, count + enters.astype(jnp.int32), streak, select(enters, fed, inner))
 
     return per_size(start, step)
+
+
+class RunningMean(NamedTuple):
+    """The memory of `running_mean`: the moving average from 0, float32[S]."""
+
+    mean: jax.Array
+
+
+def running_mean(
+    decay: float = 0.999, *, feeding: Feed = raw, patience: int | None = 50, call: str = "running_mean"
+) -> Threshold:
+    """A limit of the bias-corrected EMA of the sizes, this one included.
+
+    Args:
+      decay: in [0, 1), per step.
+      feeding: what enters the average, see `optclip.thresholds`.
+      patience: steps in a row with a size over 4 times its limit after which the average starts afresh; None for never.
+      call: the name of the method, for error messages.
+
+    Memory: 3 numbers per size (`History` with `RunningMean`).
+
+    Example:
+      >>> tx = clip_by(leaf_norm, running_mean(0.99))
+    """
+    _checks.check_fraction(call, "decay", decay)
+
+    def init(size: jax.Array) -> RunningMean:
+        return RunningMean(jnp.zeros_like(size))
+
+    def limit(size: jax.Array, inner: RunningMean, count: jax.Array, knob: Any) -> jax.Array:
+        del knob
+        mean = feed(size, inner, count).mean / mass(decay, count + 1, size.dtype)
+        return jnp.where(mean > 0, mean, jnp.inf)
+
+    def feed(value: jax.Array, inner: RunningMean, count: jax.Array) -> RunningMean:
+        del count
+        return RunningMean(decay * inner.mean + (1 - decay) * value)
+
+    return history(init, limit, feed, feeding=feeding, patience=patience, excess=4.0, call=call)
