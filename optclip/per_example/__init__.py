@@ -3,6 +3,9 @@
     (loss, per_example), grads = clipped_value_and_grad(loss_fn, max_norm=1.0)(params, batch)
     losses, norms = value_and_norms(loss_fn)(params, batch)
 
+    print(explain(loss_fn)(params, batch))        # which rule each parameter got, and what it costs
+    check(loss_fn)(params, batch)                 # raises if the loss couples examples
+
 ``loss_fn`` is any function that ``jax.grad`` accepts, from any framework, unchanged. `clipped_value_and_grad` stands in
 for ``jax.value_and_grad(loss_fn, has_aux=True)``; its second output `PerExample` holds losses, norms, coefficients.
 
@@ -15,12 +18,18 @@ No privacy accounting is done or promised here: this package bounds the sensitiv
 """
 
 from optclip.per_example._clipping import PerExample, clipped_value_and_grad, unclipped_fraction, value_and_norms
+from optclip.per_example._explain import Checked, Explained, LeafCost, check, explain
 from optclip.per_example._rules import automatic, hard, normalize, psac
 
 __all__ = [
+    "Checked",
+    "Explained",
+    "LeafCost",
     "PerExample",
     "automatic",
+    "check",
     "clipped_value_and_grad",
+    "explain",
     "hard",
     "normalize",
     "psac",

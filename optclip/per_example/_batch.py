@@ -20,6 +20,9 @@ from optclip.per_example._terms import Dense, Factored, Term, dense, materialize
 __all__ = ["Lifted", "as_factored", "contract", "pack", "run_batched"]
 
 
+Unpack = Callable[[Sequence[Any], "int | None"], list[Any]]
+
+
 class Lifted(NamedTuple):
     """An array outside the border, and whether it has the extra leading axis."""
 
@@ -31,11 +34,12 @@ def as_factored(value: Any) -> Factored:
     return value if isinstance(value, Factored) else dense(jnp.asarray(value))
 
 
-def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], Callable[[Sequence[Any], int], list[Any]]]:
+def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], Unpack]:
     """The arrays that must cross a border, and how to put the values together on the other side.
 
     ``outside`` maps the id of an array that is known on the other side to what it is there. The second result takes the
-    arrays that crossed (all of them stacked) and the label of the new axis; arrays come back as `Lifted`.
+    arrays that crossed, all of them stacked, and the label of the new axis (None: no axis was added); arrays come back as
+    `Lifted`.
     """
     crossing: list[Any] = []
     place: dict[int, int] = {}
@@ -50,11 +54,11 @@ def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], 
             note(array)
     keep_alive = list(crossing)  # ids stay unique while this closure lives
 
-    def unpack(arrays: Sequence[Any], label: int) -> list[Any]:
+    def unpack(arrays: Sequence[Any], label: int | None) -> list[Any]:
         del keep_alive[:]
 
         def lift(array: Any) -> Lifted:
-            return outside[id(array)] if id(array) in outside else Lifted(arrays[place[id(array)]], True)
+            return outside[id(array)] if id(array) in outside else Lifted(arrays[place[id(array)]], label is not None)
 
         def lift_factor(factor: Any) -> Any:
             array, stacked = lift(factor.array)

@@ -107,6 +107,14 @@ class Block:
             return use.invars[0] is v
         return True
 
+    def maker(self, i: int) -> str:
+        """The primitive that made output ``i``, behind operations that only move numbers about."""
+        makers = {v: e for e in self.live for v in e.outvars}
+        eqn = makers.get(self.jaxpr.outvars[i]) if isinstance(self.jaxpr.outvars[i], Var) else None
+        while eqn and eqn.primitive.name in NORM_PRESERVING and eqn.invars[0] in makers:
+            eqn = makers[eqn.invars[0]]
+        return eqn.primitive.name if eqn else "constant"
+
     def depends(self, batched: Sequence[bool]) -> set[Var]:
         """The variables that depend on the inputs marked as batched."""
         found = {v for v, flag in zip(self.jaxpr.invars, batched, strict=True) if flag}

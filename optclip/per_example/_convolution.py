@@ -88,10 +88,10 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
         array = jax.lax.platform_dependent(
             x, g, cpu=functools.partial(_by_example, geometry, order), default=functools.partial(_by_position, geometry, order)
         )
-        factors: tuple[Dense, ...] = (Dense(array, order),)
+        term = Term((Dense(array, order),), tuple(axes), p["precision"], rule="direct")
     else:
-        factors = (_patches(geometry, x), Dense(g, geometry.labels_g))
-    return Factored((Term(factors, tuple(axes), p["precision"]),), out.shape, out.dtype)
+        term = Term((_patches(geometry, x), Dense(g, geometry.labels_g)), tuple(axes), p["precision"])
+    return Factored((term,), out.shape, out.dtype)
 
 
 def _piece(geometry: _Geometry, x: jax.Array, start: Sequence[Any]) -> jax.Array:

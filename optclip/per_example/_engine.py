@@ -22,7 +22,7 @@ from optclip.per_example._norms import Cost
 from optclip.per_example._regions import Again, Regions, measure, rerun
 from optclip.per_example._terms import Factored, Rerun
 
-__all__ = ["clip", "measure_norms"]
+__all__ = ["clip", "measure_norms", "price"]
 
 
 class _First(NamedTuple):
@@ -83,7 +83,7 @@ def _first_pass(call: Call, examples: list[jax.Array], norms_only: bool) -> _Fir
 
     def finish(out: list[Any]) -> list[Any]:
         measured = [measure(leaf) for leaf in out[outputs - leaves :]]
-        costs[:] = [cost for *_, cost in measured]
+        costs[:] = [_named(cost, block, outputs - leaves + i) for i, (*_, cost) in enumerate(measured)]
         kept = [] if norms_only else [leaf for _, leaf, _ in measured]
         flat_values = [v for region in again for v in region.values]
         reruns[:] = [leaf if isinstance(leaf, Rerun) else None for leaf in kept]
@@ -104,6 +104,18 @@ def _first_pass(call: Call, examples: list[jax.Array], norms_only: bool) -> _Fir
         again_values.append(got[: len(region.values)])
         got = got[len(region.values) :]
     return _First(losses, aux, squares, kept, again, again_values, label, costs)
+
+
+def _named(cost: Cost, block: Block, output: int) -> Cost:
+    """An unrecognised gradient is named by the primitive that made it."""
+    return cost._replace(rule=f"{cost.rule} ({block.maker(output)})") if cost.rule == "as it stands" else cost
+
+
+def price(call: Call, norms_only: bool) -> list[Cost]:
+    """Per parameter leaf, for one example, how its norm is found. Traces the first pass without running it."""
+    costs: list[Cost] = []
+    jax.eval_shape(lambda examples: costs.extend(_first_pass(call, examples, norms_only).costs), call.examples)
+    return costs
 
 
 def _rows(value: Lifted, size: int) -> jax.Array:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-__all__ = ["ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "drop_leading", "is_remat"]
+__all__ = ["REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "drop_leading", "is_remat"]
 
 
 def drop_leading(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -25,8 +25,10 @@ def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:
 
 
 def is_remat(eqn: JaxprEqn) -> bool:
-    return eqn.primitive.name in ("checkpoint", "remat", "remat2")
+    return eqn.primitive.name in REMAT
 
+
+REMAT = ("checkpoint", "remat", "remat2")
 
 # Primitives that only call another program, and the parameter that holds it. Once differentiated, custom rules have
 # done their work, so what is left of them is a call.

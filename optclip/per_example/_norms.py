@@ -17,6 +17,7 @@ another one-hot a comparison of the ids.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -45,7 +46,7 @@ def squared_norm(value: Factored) -> tuple[jax.Array, Factored, Cost]:
     if not value.terms:
         return jnp.zeros((), dtype), value, Cost("zero", 0, 0)
     cost = price(value)
-    if cost.rule in ("direct", "as it stands"):
+    if is_dense(value) or is_direct(value):
         value = densify(value)
         (term,) = value.terms
         return _sum_of_squares(term.factors[0].array, dtype), value, cost
@@ -67,23 +68,29 @@ def is_direct(value: Factored) -> bool:
     return math.prod(value.shape) <= sum(f.array.size for t in value.terms for f in t.factors)
 
 
+def is_dense(value: Factored) -> bool:
+    return len(value.terms) == 1 and value.terms[0].is_dense
+
+
 def densify(value: Factored) -> Factored:
     """The same gradient as one array (in float32 or wider)."""
-    if len(value.terms) == 1 and value.terms[0].is_dense and not any(a.placed for a in value.terms[0].axes):
+    if is_dense(value) and not any(a.placed for a in value.terms[0].axes):
         return value
     if len(value.terms) == 1 and not any(a.placed for a in value.terms[0].axes):
         return Factored((_one_array(value.terms[0]),), value.shape, value.dtype)
     arrays = [materialize_term(t, t.precision) for t in value.terms]
-    return Factored(dense(sum(arrays[1:], arrays[0])).terms, value.shape, value.dtype)
+    (term,) = dense(sum(arrays[1:], arrays[0])).terms
+    return Factored((dataclasses.replace(term, rule="direct"),), value.shape, value.dtype)
 
 
 def _one_array(term: Term) -> Term:
     """The product of a term's factors with the axes in whatever order is cheapest: those of the cotangent first."""
     if _is_rows(term):
-        return Term((Dense(materialize_term(Term(term.factors, _singles(term))), term.kept),), term.axes)
+        array = materialize_term(Term(term.factors, _singles(term)))
+        return Term((Dense(array, term.kept),), term.axes, rule="direct")
     kept = set(term.kept)
     order = tuple(dict.fromkeys(x for f in reversed(term.factors) for x in f.labels if x in kept))
-    return Term((Dense(einsum(term.factors, order, term.precision), order),), term.axes, term.precision)
+    return Term((Dense(einsum(term.factors, order, term.precision), order),), term.axes, term.precision, "direct")
 
 
 def _singles(term: Term) -> tuple[Axis, ...]:
@@ -92,8 +99,8 @@ def _singles(term: Term) -> tuple[Axis, ...]:
 
 def price(value: Factored) -> Cost:
     size = math.prod(value.shape)
-    if len(value.terms) == 1 and value.terms[0].is_dense:
-        return Cost("as it stands", 2 * size, size)
+    if is_dense(value):
+        return Cost(value.terms[0].rule or "as it stands", 2 * size, size)
     if is_direct(value):
         return Cost("direct", sum(2 * math.prod(t.sizes.values()) for t in value.terms), size)
     numbers = sum(f.array.size for t in value.terms for f in t.factors)

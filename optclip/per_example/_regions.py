@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optclip.per_example._batch import Lifted, as_factored, contract, pack, read_output, run_batched
 from optclip.per_example._block import Block, Region, barrier, evaluate, flatten
-from optclip.per_example._jax import JaxprEqn, Var, called, is_remat
+from optclip.per_example._jax import REMAT, JaxprEqn, Var, called, is_remat
 from optclip.per_example._norms import Cost, densify, is_direct, squared_norm
 from optclip.per_example._terms import Axis, Dense, Factored, Rerun, Term, dense, materialize, new_label
 
@@ -85,7 +85,7 @@ class Regions:
 
     @property
     def rules(self) -> dict[str, Region]:
-        return {"scan": self.scan, "checkpoint": self.remat, "remat": self.remat, "remat2": self.remat}
+        return {"scan": self.scan, "cond": self.cond, **dict.fromkeys(REMAT, self.remat)}
 
     @property
     def nested(self) -> dict[str, Region]:
@@ -114,6 +114,38 @@ class Regions:
             square, _, cost = measure(out[i])
             out[i] = Rerun(square, number, i, cost)
         return out
+
+    def cond(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
+        """One conditional per branch, of which the other arm is zero: terms of different branches need not look alike."""
+        wanted = _wanted(block, eqn)
+        index, *operands = values
+        plain = [i for i in range(len(eqn.outvars)) if i not in wanted]
+        result: list[Any] = [None] * len(eqn.outvars)
+        terms: dict[int, tuple[Term, ...]] = {i: () for i in wanted}
+        for k, branch in enumerate(eqn.params["branches"]):
+            body = Block(flatten(branch, unfold_remat=True), wanted)
+            unpack: list[Any] = []
+
+            def arm(operands: list[Any], body: Block = body, unpack: list[Any] = unpack) -> tuple[list[Any], list[Any]]:
+                env = dict(zip(body.jaxpr.constvars, body.program.consts, strict=True))
+                env.update(zip(body.jaxpr.invars, operands, strict=True))
+                evaluate(body, body.live, env, self.nested)
+                out = [read_output(body, env, i) for i in range(len(eqn.outvars))]
+                # Every factor crosses, and so is zero in the other arm: zero times something infinite would not be.
+                crossing, back = pack([_leaving(out[i], True) for i in wanted], {})
+                unpack.append(back)
+                return [materialize(out[i]) for i in plain], crossing
+
+            shapes = jax.eval_shape(arm, operands)
+            nothing = lambda _, shapes=shapes: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            others, arrays = jax.lax.cond(index == k, arm, nothing, operands)
+            for i, value in zip(wanted, unpack[-1](arrays, None), strict=True):
+                terms[i] += value.terms
+            for i, value in zip(plain, others, strict=True):
+                result[i] = value if k == 0 else jax.lax.select_n(index == k, result[i], value)
+        for i in wanted:
+            result[i] = Factored(terms[i], eqn.outvars[i].aval.shape, eqn.outvars[i].aval.dtype)
+        return result
 
     def scan(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         wanted = _wanted(block, eqn)

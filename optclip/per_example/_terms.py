@@ -73,6 +73,7 @@ class Term:
     factors: tuple[Dense | OneHot, ...]
     axes: tuple[Axis, ...]
     precision: Any = None  # of the product it stands for, as the user asked for it
+    rule: str = ""  # how a term of one factor was computed, where that was by a rule
 
     @property
     def sizes(self) -> dict[int, int]:
