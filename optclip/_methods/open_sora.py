@@ -9,7 +9,7 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, accepted, history
-from optclip._memories import Moments, mixed, steady
+from optclip._memories import Moments, mixed
 from optclip._rules import Threshold
 from optclip.measures import Measure, global_norm
 
@@ -51,7 +51,7 @@ def ema_sigma(
 
     def limit(size: jax.Array, inner: Moments, count: jax.Array, sigmas: Any) -> jax.Array:
         del count
-        return inner.mean + jnp.asarray(sigmas, size.dtype) * steady(inner, decay)
+        return inner.mean + jnp.asarray(sigmas, size.dtype) * inner.std
 
     def feed(value: jax.Array, inner: Moments, count: jax.Array) -> Moments:
         tripled = jnp.minimum(3 * value, jnp.finfo(value.dtype).max)
@@ -103,8 +103,7 @@ def clip_by_ema_sigma(
 
     Departures: as the averages stand still on a clipped step, a level once above mean + 3 std stays clipped for ever in
       the reference; so does a run whose norm starts above ``first_limit`` and stays there. Here ``patience`` clips
-      in a row start the averages afresh; ``patience=None`` turns that off. A standard deviation below the rounding of
-      the mean counts as that rounding.
+      in a row start the averages afresh; ``patience=None`` turns that off.
 
     References: Open-Sora Plan v1.5.0 report, "adaptive gradient clipping"; ``AdaptiveGradClipper`` of its code.
 

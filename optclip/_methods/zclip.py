@@ -10,7 +10,7 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped, history
-from optclip._memories import Moments, mixed, steady
+from optclip._memories import Moments, mixed
 from optclip._rules import Threshold
 from optclip.measures import Measure, global_norm
 
@@ -82,7 +82,7 @@ def zscore(
 
     def limit(size: jax.Array, inner: Moments, count: jax.Array, z: Any) -> jax.Array:
         del count
-        z, std = jnp.asarray(z, size.dtype), steady(inner, decay)
+        z, std = jnp.asarray(z, size.dtype), inner.std
         unit = std + jnp.asarray(eps, size.dtype)
         bound = inner.mean + z * unit
         score = jnp.where(size > bound, (size - inner.mean) / unit, z)
@@ -150,8 +150,7 @@ def zclip(
     Departures: the paper's rule never accepts a level more than about ten standard deviations higher, as what it feeds
       back makes it ever stricter; here ``patience`` clips in a row start the warm-up anew (``patience=None`` turns that
       off). The authors' code has ``max_norm=1.0`` by default and a factor on the whole target; the paper has neither.
-      Their "percentile" mode is ``target=to_max``, their ``skip_update_on_spike`` is ``feeding=accepted``. A standard
-      deviation below the rounding of the mean counts as that rounding.
+      Their "percentile" mode is ``target=to_max``, their ``skip_update_on_spike`` is ``feeding=accepted``.
 
     References: Kumar, Owen, Chowdhury, Guera, "ZClip: adaptive spike mitigation for LLM pre-training", 2025,
       arXiv:2504.02507, Section 3 and Algorithm 1.
