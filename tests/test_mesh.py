@@ -1,0 +1,54 @@
+"""Every public transformation gives the numbers of one device on any mesh, and every way to run on one."""
+
+import inspect
+from functools import cache, partial
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType
+
+import optclip
+from optclip import measures
+from tests import meshes
+from tests.cases import CASES, SPIKE, STEPS, Case
+
+PARAMS = meshes.draw(100)
+GRADS = [meshes.draw(step, 9.0 if step == SPIKE else 0.3) for step in range(STEPS)]
+STACKED = jax.tree.map(lambda *x: np.stack(x), *GRADS)
+
+
+def make(case: Case, axis_name: Any = None, units: Any = None) -> optax.GradientTransformationExtraArgs:
+    """The transformation, told over which axes to sum as its users would: ``axis_name=``, else in its measure."""
+    unit_wise = case.scope == "unit"
+    axis_name = units if unit_wise else axis_name
+    if axis_name is None:
+        return case.make()
+    takes = inspect.signature(getattr(optclip, case.public)).parameters
+    changed: dict[str, Any] = {}
+    if case.wrapper:
+        changed["inner"] = optax.chain(optclip.clip_by_global_norm(0.5, axis_name=axis_name), optax.adam(0.1))
+    if "axis_name" in takes:
+        changed["axis_name"] = ("data", "model") if case.public == "skip_nonfinite" else axis_name
+    elif "measure" in takes:
+        changed["measure"] = partial(case.kwargs.get("measure", takes["measure"].default), axis_name=axis_name)
+    return case.make(**changed)
+
+
+@cache
+def alone(name: str) -> Any:
+    case = next(c for c in CASES if c.name == name)
+    return jax.jit(partial(meshes.run_steps, make(case)))(PARAMS, STACKED)
+
+
+@pytest.mark.parametrize("way", meshes.WAYS)
+@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def test_the_numbers_of_one_device(case: Case, way: str):
+    on, whole, units = meshes.WAYS[way]
+    updates, numbers = on(partial(meshes.run_steps, make(case, whole, units)), PARAMS, STACKED)
+    expected, expected_numbers = alone(case.name)
+    chex.assert_trees_all_close(updates, expected, rtol=2e-6, atol=1e-7)
+    chex.assert_trees_all_close(numbers, expected_numbers, rtol=2e-6, atol=1e-7)
