@@ -3,16 +3,30 @@
 from optclip import measures, per_example, responses, sketch, thresholds, wrappers
 from optclip._advise import Advice, advise
 from optclip._clip import ClipState, ClipStats, clip_by
+from optclip._methods.acclip import acclip
+from optclip._methods.adagc import adagc
 from optclip._methods.agc import adaptive_grad_clip
+from optclip._methods.aggc import aggc
 from optclip._methods.autoclip import autoclip
 from optclip._methods.bitsandbytes import percentile_clipping
 from optclip._methods.block_rms import clip_by_block_rms
+from optclip._methods.clippy import clippy
+from optclip._methods.delta_gclip import delta_gclip
 from optclip._methods.ema import clip_by_ema
 from optclip._methods.historical_norm import clip_by_historical_norm
+from optclip._methods.lamb import lamb_clip
+from optclip._methods.larc import larc_clip
+from optclip._methods.mars import MarsState, mars_clip
 from optclip._methods.median import clip_by_median
 from optclip._methods.norm import clip_by_global_norm, clip_by_group_norm, clip_by_leaf_norm, clip_by_unit_norm
+from optclip._methods.norm_growth import norm_growth_limiter
+from optclip._methods.normalized import normalize_by_update_norm
 from optclip._methods.open_sora import clip_by_ema_sigma
 from optclip._methods.quantile import clip_by_quantile
+from optclip._methods.spam import spam_clip
+from optclip._methods.spamp import spamp
+from optclip._methods.stable_adamw import StableAdamWState, stable_adamw_clip
+from optclip._methods.stable_spam import adaclip, adagn, gradient_stabilizer
 from optclip._methods.trellis import clip_by_percentile
 from optclip._methods.value import clip
 from optclip._methods.zclip import zclip
@@ -30,10 +44,17 @@ __all__ = [
     "Advice",
     "ClipState",
     "ClipStats",
+    "MarsState",
     "ObserveState",
+    "StableAdamWState",
     "Threshold",
+    "acclip",
+    "adaclip",
+    "adagc",
+    "adagn",
     "adaptive_grad_clip",
     "advise",
+    "aggc",
     "autoclip",
     "clip",
     "clip21",
@@ -50,9 +71,17 @@ __all__ = [
     "clip_by_quantile",
     "clip_by_unit_norm",
     "clip_tree",
+    "clippy",
+    "delta_gclip",
     "global_norm",
+    "gradient_stabilizer",
+    "lamb_clip",
+    "larc_clip",
+    "mars_clip",
     "measures",
     "merge",
+    "norm_growth_limiter",
+    "normalize_by_update_norm",
     "observe",
     "per_example",
     "percentile_clipping",
@@ -61,6 +90,9 @@ __all__ = [
     "sketch",
     "skip_nonfinite",
     "skip_spikes",
+    "spam_clip",
+    "spamp",
+    "stable_adamw_clip",
     "summary",
     "thresholds",
     "track_median",

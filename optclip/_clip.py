@@ -66,11 +66,8 @@ def clip_by(
     """
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
-    # A tree without leaves has the one size 0 at every scope. So its state differs from that of a filled tree in no
-    # parameter-shaped part, which is how Optax tells (`optax.tree.map_params`) that sizes per leaf are no parameters.
     def measured(updates: Updates) -> Sizes:
-        sizes = measure(updates)
-        return sizes if jax.tree.leaves(sizes) else jnp.zeros((), jnp.float32)
+        return one_at_least(measure(updates))
 
     def allowed(sizes: Sizes, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         limits, memory = rule.update(sizes, memory, params, **extra)
@@ -97,6 +94,15 @@ def clip_by(
         return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def one_at_least(sizes: Sizes) -> Sizes:
+    """The sizes; a tree without leaves has the one size 0 at every scope.
+
+    So its state differs from that of a filled tree in no parameter-shaped part, which is how Optax tells
+    (`optax.tree.map_params`) that sizes per leaf are no parameters.
+    """
+    return sizes if jax.tree.leaves(sizes) else jnp.zeros((), jnp.float32)
 
 
 def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
