@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from optclip._clip import ClipState
-from optclip._wrappers.skip import SkipState, SpikeState
+from optclip._wrappers.nonfinite import SkipState
+from optclip._wrappers.spikes import SpikeState
 from optclip._wrappers.zero import ZeroState
 
 __all__ = ["summary", "worst_leaf"]

@@ -30,7 +30,8 @@ inner_state=...)``.
 """
 
 from optclip._wrappers.feedback import FeedbackState, clip21, track_median, u_clip
-from optclip._wrappers.skip import SkipState, SpikeState, skip_nonfinite, skip_spikes
+from optclip._wrappers.nonfinite import SkipState, skip_nonfinite
+from optclip._wrappers.spikes import SpikeState, skip_spikes
 from optclip._wrappers.zero import ZeroState, zero_nonfinite
 
 __all__ = [

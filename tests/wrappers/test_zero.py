@@ -22,7 +22,8 @@ def test_against_numpy(rows):
     tx = zero_nonfinite()
     state = tx.init({})
     for row in np.asarray(rows):
-        g = {"a": jnp.asarray(row[:3], jnp.float16), "b": jnp.asarray(row[3:6], jnp.bfloat16), "c": jnp.asarray(row[6:])}
+        dtypes = {"a": jnp.float16, "b": jnp.bfloat16, "c": jnp.float32}
+        g = {k: jnp.asarray(part, dtypes[k]) for k, part in zip("abc", np.split(row, [3, 6]), strict=True)}
         out, state = update(g, state)
         chex.assert_trees_all_equal_shapes_and_dtypes(out, g)
         flat = np.concatenate([np.asarray(out[k], np.float64) for k in "abc"])

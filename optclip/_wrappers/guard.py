@@ -1,0 +1,45 @@
+"""What guards share: whether anything is bad, and how a step is taken back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from optclip import _numerics
+
+
+def any_of(flags: list[jax.Array]) -> jax.Array:
+    """Whether any flag in any of the arrays is set."""
+    return jnp.any(jnp.stack([jnp.any(f) for f in flags])) if flags else jnp.asarray(False)
+
+
+def nonfinite(tree: Any) -> list[jax.Array]:
+    """Where the gradients of a tree are not finite."""
+    return [~jnp.isfinite(x) for x in jax.tree.leaves(tree) if _numerics.is_gradient(x)]
+
+
+def withhold(bad: jax.Array, updates: Any, fill: Any = 0.0) -> Any:
+    """The updates, or ``fill`` in their place (0 for those that are no gradients)."""
+
+    def one(u: Any) -> Any:
+        if getattr(u, "dtype", None) == jax.dtypes.float0:
+            return u
+        u = jnp.asarray(u)
+        other = jnp.asarray(fill if _numerics.is_gradient(u) else 0).astype(u.dtype)
+        return _numerics.cast_like(jnp.where(bad, other, u), u)
+
+    return jax.tree.map(one, updates)
+
+
+def keep(bad: jax.Array, old: Any, new: Any) -> Any:
+    """``old`` if ``bad``, else ``new`` in the dtypes and weak types of ``old``."""
+
+    def one(o: Any, n: Any) -> Any:
+        dtype = jnp.result_type(o)
+        if dtype == jax.dtypes.float0:
+            return o
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
+            return jnp.where(bad, o, n)
+        return _numerics.cast_like(jnp.where(bad, jnp.asarray(o), jnp.asarray(n).astype(dtype)), o)
+
+    return jax.tree.map(one, old, new)
