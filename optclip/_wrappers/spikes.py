@@ -138,7 +138,9 @@ def _judge(
     else:
         wide, limits = sizes, jax.tree.broadcast(limits, sizes)
     beyond = jax.tree.map(lambda s, x: ~(s <= x), wide, limits)
-    return seen, any_of(jax.tree.leaves(beyond)), ~any_of(nonfinite(sizes))
+    # One size for a whole leaf is the same on every device; sizes of units are each device's own.
+    over = None if any(map(jnp.ndim, jax.tree.leaves(sizes))) else ()
+    return seen, _mesh.agree(any_of(jax.tree.leaves(beyond)), over), ~_mesh.agree(any_of(nonfinite(sizes)), over)
 
 
 def _loss(extra: Any) -> jax.Array:
