@@ -35,6 +35,7 @@ from optclip._plot import plot
 from optclip._rules import Threshold
 from optclip.functional import clip_tree
 from optclip.measures import global_norm
+from optclip.selection import by_leaf, by_path
 from optclip.stats import summary, worst_leaf
 from optclip.wrappers import clip21, skip_nonfinite, skip_spikes, track_median, u_clip, zero_nonfinite
 
@@ -56,6 +57,8 @@ __all__ = [
     "advise",
     "aggc",
     "autoclip",
+    "by_leaf",
+    "by_path",
     "clip",
     "clip21",
     "clip_by",

@@ -10,6 +10,7 @@ from optclip._clip import ClipState
 from optclip._wrappers.nonfinite import SkipState
 from optclip._wrappers.spikes import SpikeState
 from optclip._wrappers.zero import ZeroState
+from optclip.selection import path_string
 
 __all__ = ["summary", "worst_leaf"]
 
@@ -122,14 +123,6 @@ def worst_leaf(opt_state: Any) -> dict[str, tuple[str, float]]:
             ratio, path = max(ratios, key=lambda r: r[0])
             worst[name] = (path, ratio)
     return worst
-
-
-def path_string(path: Any) -> str:
-    """A key path as names joined by slashes, without the ``value`` that wrapped variables add."""
-    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if len(names) > 1 and names[-1] == "value":
-        names.pop()
-    return "/".join(names)
 
 
 def _excess(size: Any, limit: Any) -> jax.Array:

@@ -1,0 +1,67 @@
+"""Which leaves? Functions from a tree to one value per leaf: labels, masks, limits, mesh axes.
+
+============================================= =======================================================
+where                                         what
+============================================= =======================================================
+``optax.masked(clipper, by_path(...))``       booleans: the leaves to clip; the others pass untouched
+``clip_by_group_norm(1.0, by_path(...))``     labels: the leaves that share a norm
+``optax.partition(txs, by_path(...))``        labels: the transformation of each leaf
+``clip_by_global_norm(by_path(...)(params))`` numbers or schedules: the limit of each leaf
+``axis_name=by_path(...)``                    names of mesh axes, None for replicated leaves
+============================================= =======================================================
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+__all__ = ["by_leaf", "by_path"]
+
+
+def by_path(patterns: Mapping[str, Any], default: Any) -> Callable[[Any], Any]:
+    """Gives each leaf the value of the first regular expression that is found in its path, else ``default``.
+
+    Paths read ``"encoder/layers_0/kernel"``: names and indices joined by slashes, without the ``.value`` that variables
+    of nnx and partitioned parameters of linen add.
+
+    Args:
+      patterns: regular expressions (`re.search`), each with a value of any kind.
+      default: the value of leaves that none matches.
+
+    Returns:
+      A function from a tree to the tree of the values.
+
+    Example:
+      >>> label = by_path({"attn|attention": "attention", "^head/": "head"}, default="rest")
+      >>> label({"attn": {"kernel": 1.0}, "head": {"bias": 2.0}, "mlp": {"kernel": 3.0}})
+      {'attn': {'kernel': 'attention'}, 'head': {'bias': 'head'}, 'mlp': {'kernel': 'rest'}}
+    """
+    compiled = [(re.compile(pattern), value) for pattern, value in patterns.items()]
+    return by_leaf(lambda path, _: next((value for pattern, value in compiled if pattern.search(path)), default))
+
+
+def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
+    """Gives each leaf the value that ``choose(path, leaf)`` returns.
+
+    Args:
+      choose: a function of the path, as in `by_path`, and the leaf, of which only shape and dtype may be used.
+
+    Returns:
+      A function from a tree to the tree of the values.
+
+    Example:
+      >>> kind = by_leaf(lambda path, x: "muon" if x.ndim == 2 and "embed" not in path else "adamw")
+      >>> kind({"embed": jnp.ones((5, 4)), "kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
+      {'bias': 'adamw', 'embed': 'adamw', 'kernel': 'muon'}
+    """
+    return lambda tree: jax.tree.map_with_path(lambda path, leaf: choose(path_string(path), leaf), tree)
+
+
+def path_string(path: Any) -> str:
+    """A key path as names joined by slashes, without the attribute ``value`` that wrapped variables add."""
+    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
+        names.pop()
+    return "/".join(names)
