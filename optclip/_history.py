@@ -170,6 +170,6 @@ def running_mean(
 
     def feed(value: jax.Array, inner: RunningMean, count: jax.Array) -> RunningMean:
         del count
-        return RunningMean(decay * inner.mean + (1 - decay) * value)
+        return RunningMean(inner.mean + (1 - decay) * (value - inner.mean))
 
     return history(init, limit, feed, feeding=feeding, patience=patience, excess=4.0, call=call)

@@ -87,7 +87,7 @@ def ema_from_min(
         value = feeding(size, allowed)
         enters = jnp.isfinite(value) if patience is None else jnp.isfinite(value) & (value > 0)
         smallest = jnp.where(count == 0, value, jnp.minimum(mean, value))
-        fed = jnp.where(learning, smallest, decay * mean + (1 - decay) * value)
+        fed = jnp.where(learning, smallest, mean + (1 - decay) * (value - mean))
         after = memory.step + 1 if callable(ratio) else ()
         entered = enters.astype(jnp.int32)
         return allowed, EmaFromMin(after, count + entered, streak, select(enters, fed, mean))
@@ -141,8 +141,8 @@ def adagc(
     Edge cases: zero, NaN and infinite norms do not enter the average; a leaf that was zero has its warm-up when it
       wakes. A NaN or an infinity makes the updates of its own leaf NaN.
 
-    Departures: zeros are left out, and a warm-up that took in a freak tiny gradient is repeated when patience runs out;
-      on leaves that are never zero or far off, the trajectory is the paper's. ``patience=None`` gives the paper's rule
+    Departures: zeros are left out, and a warm-up that took in a freak tiny gradient (or, through the global clip, a
+      spike elsewhere) is repeated when patience runs out; on leaves that are never zero or far off, the trajectory is the paper's. ``patience=None`` gives the paper's rule
       throughout, which keeps a leaf at zero once its average is. The authors' PyTorch code has defaults 1.04 and 0.99
       and adds 1e-6 to the norm. Paddle's has 101 warm-up steps and takes the minimum of the raw norms.
 

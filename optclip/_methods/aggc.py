@@ -69,7 +69,7 @@ def ema_band(
 
     def feed(value: jax.Array, inner: BandMean, count: jax.Array) -> BandMean:
         del count
-        return BandMean(decay * inner.mean + (1 - decay) * value)
+        return BandMean(inner.mean + (1 - decay) * (value - inner.mean))
 
     # What is reached may lie above the size: `clipped`, the smaller of the two, would miss that.
     fed = _reached if feeding is clipped and low is not None else feeding

@@ -114,7 +114,7 @@ def moment_ratio(
         value = feeding(size, jnp.where(count > 0, old.rms / scale, jnp.inf))
         enters = jnp.isfinite(value) if patience is None else jnp.isfinite(value) & (value > 0)
         count = count + enters.astype(jnp.int32)
-        mean = jnp.where(enters, b1 * old.mean + (1 - b1) * value, old.mean)
+        mean = jnp.where(enters, old.mean + (1 - b1) * (value - old.mean), old.mean)
         rms = jnp.where(enters, _elementwise.root_mean(b2, old.rms, value), old.rms)
         since = jnp.maximum(count, 1)
         m_mass, v_mass = (mass(b1, since, size.dtype), jnp.sqrt(mass(b2, since, size.dtype))) if debias else (1, 1)
