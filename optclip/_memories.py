@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from optclip._numerics import over
+
 
 class Window(NamedTuple):
     """The last values of each size, float32[S + (window,)], in a ring; NaN where none has entered yet."""
@@ -55,7 +57,7 @@ def moments_of(window: Window, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     n = jnp.sum(finite, axis=-1, dtype=values.dtype)
     largest = jnp.max(jnp.where(finite, values, 0), axis=-1)
     largest = jnp.where(largest > 0, largest, 1)  # in units of it nothing overflows, and equal values have no spread
-    unit = jnp.where(finite, _over(values, largest[..., None]), 0)
+    unit = jnp.where(finite, over(values, largest[..., None]), 0)
     mean = jnp.sum(unit, axis=-1) / jnp.maximum(n, 1)
     square = jnp.sum(jnp.where(finite, jnp.square(unit - mean[..., None]), 0), axis=-1)
     spread = root(square / jnp.maximum(n - ddof, 1))
@@ -79,13 +81,7 @@ def mixed(std: jax.Array, deviation: jax.Array, weight: Any) -> jax.Array:
     largest = jnp.maximum(std, deviation)
     largest = jnp.where(largest > 0, largest, 1)
     weight = jnp.asarray(weight, std.dtype)
-    return largest * root((1 - weight) * jnp.square(_over(std, largest)) + weight * jnp.square(_over(deviation, largest)))
-
-
-def _over(x: jax.Array, largest: jax.Array) -> jax.Array:
-    """``x / largest``. A division may be compiled as one by the reciprocal, which must then not be subnormal."""
-    shift = jnp.where(largest > 2.0**64, 2.0**-64, jnp.where(largest < 2.0**-64, 2.0**64, 1.0)).astype(x.dtype)
-    return (x * shift) / (largest * shift)
+    return largest * root((1 - weight) * jnp.square(over(std, largest)) + weight * jnp.square(over(deviation, largest)))
 
 
 def root(x: jax.Array) -> jax.Array:

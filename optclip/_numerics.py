@@ -47,6 +47,15 @@ def cast_like(x: jax.Array, like: Any) -> jax.Array:
     return x.astype(dtype)
 
 
+def over(x: jax.Array, largest: jax.Array) -> jax.Array:
+    """``x / largest``, for ``largest`` > 0 of the precision of ``x`` and no smaller than it.
+
+    Compilers turn the division into a product with 1 / largest, which is subnormal, and so 0, for the largest numbers.
+    """
+    half = jnp.where(largest > 2.0**64, 2.0**-64, 1.0).astype(largest.dtype)
+    return (x * half) / (largest * half)
+
+
 class Plan(NamedTuple):
     """How leaves make sizes; hashable, so that the derivative rule can carry it."""
 
@@ -84,7 +93,8 @@ def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.A
     def again(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         largest = _reduce([_magnitude(x, dtype) for x in leaves], plan, "max")
         safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
-        parts = [_power(_magnitude(x, dtype) / safe[g], ord, dtype) for x, g in zip(leaves, plan.group, strict=True)]
+        near = [over(_magnitude(x, dtype), safe[g]) for x, g in zip(leaves, plan.group, strict=True)]
+        parts = [_power(x, ord, dtype) for x in near]
         unit = _reduce(parts, plan, "sum")
         return tuple(
             jnp.where(jnp.isfinite(m), m * _root(s, ord), m) for m, s in zip(largest, unit, strict=True)
@@ -100,7 +110,7 @@ def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
     parts = []
     for x, dx, g in zip(leaves, dots, plan.group, strict=True):
         size = sizes[g]
-        unit = widen(x, size.dtype) / jnp.where(size == 0, 1, size)  # x over its norm: cannot overflow
+        unit = over(widen(x, size.dtype), jnp.where(size == 0, 1, size))
         magnitude = jnp.abs(unit)
         sign = jnp.where(magnitude == 0, 0, unit / jnp.where(magnitude == 0, 1, magnitude))
         if ord == np.inf:
