@@ -16,10 +16,14 @@ measure        scope                     size
 `magnitude`    element                   the absolute value
 ============== ========================= =========================================
 
-To pass arguments on to `clip_by`, use ``functools.partial(global_norm, ord=1)``.
+Arguments per leaf (``groups``, ``axis``, ``stack_axis``, ``axis_name``) are prefix trees of the updates, or functions
+from the updates to one, such as `optclip.by_path`. To pass arguments on to `clip_by`, use ``functools.partial(global_norm, ord=1)``.
 
-Inside ``shard_map`` with checked varying axes, sums run over exactly the mesh axes a leaf varies over. Inside
-``shard_map(check_vma=False)`` or ``pmap`` say over which with ``axis_name``; leaving it out raises ValueError.
+On a mesh the sizes are those of one device. Under ``jit`` with sharded arrays nothing is to be done. Inside
+``shard_map`` with checked varying axes, sums run over exactly the mesh axes a leaf varies over; only where units or
+stacked layers are measured say with ``axis_name`` over which axes the *reduced* dimensions are sharded. Inside
+``shard_map(check_vma=False)`` and ``pmap`` always say so; leaving it out raises ValueError. Nothing can be told, and
+every device measures its own, in a ``vmap`` over shards and in the ``pmap`` of ``jax_pmap_shmap_merge=False``.
 """
 
 from collections.abc import Callable, Hashable
@@ -232,7 +236,8 @@ def _is_axes(x: Any) -> bool:
 
 
 def _axes_per_leaf(name: str, spec: Any, tree: Updates) -> list[tuple[int, ...] | None]:
-    """``spec`` (an int, a tuple, None, or a prefix tree of them) for each leaf, as a tuple of ints or None."""
+    """``spec`` (an int, a tuple, None, a prefix tree of them, or a function making one) for each leaf, as a tuple of ints or None."""
+    spec = spec(tree) if callable(spec) else spec
     n = len(jax.tree.leaves(tree))
     specs = [spec] * n if _is_axes(spec) else _wide(name, spec, tree, is_leaf=_is_axes)
     if not all(map(_is_axes, specs)):

@@ -1,0 +1,201 @@
+"""Groups, exemptions and stacked layers: each line of the README's table does what it says, for every kind of tree."""
+
+from functools import partial
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.tree_util import DictKey, GetAttrKey, SequenceKey
+
+import optclip
+from optclip import by_leaf, by_path
+from optclip.selection import path_string
+from tests.meshes import draw
+
+PARAMS, GRADS = draw(0), draw(1, 5.0)
+
+
+def norm(*leaves):
+    return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in leaves))
+
+
+def apply(tx, grads=GRADS, params=PARAMS):
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+def scaled(tree, factor):
+    return jax.tree.map(lambda x: x * factor, tree)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ((DictKey("a"), SequenceKey(0), DictKey("kernel")), "a/0/kernel"),
+        ((DictKey("a"), DictKey("kernel"), GetAttrKey("value")), "a/kernel"),
+        ((DictKey("attention"), DictKey("value")), "attention/value"),  # a parameter of that name
+        ((GetAttrKey("value"),), "value"),
+        ((), ""),
+    ],
+)
+def test_paths(path, expected):
+    assert path_string(path) == expected
+
+
+def test_the_first_pattern_wins():
+    label = by_path({"kernel$": "matrix", "^dense/": "dense"}, "rest")
+    expected = {"dense": {"bias": "dense", "kernel": "matrix"}, "head": {"kernel": "matrix", "scale": "rest"}}
+    assert label(GRADS) == expected
+    assert by_path({}, None)({"a": 1.0}) == {"a": None}
+    assert by_path({"a": "x"}, "y")({}) == {}
+
+
+def test_one_norm_across_the_groups_of_partition():
+    label = by_path({"^dense/": "slow"}, "fast")
+    tx = optax.chain(
+        optclip.clip_by_global_norm(1.0), optax.partition({"slow": optax.sgd(0.1), "fast": optax.sgd(1.0)}, label)
+    )
+    factor = 1 / norm(*jax.tree.leaves(GRADS))
+    expected = {"dense": scaled(GRADS["dense"], -0.1 * factor), "head": scaled(GRADS["head"], -factor)}
+    chex.assert_trees_all_close(apply(tx), expected, rtol=1e-6)
+
+
+def test_frozen_leaves_stay_out_of_the_norm():
+    free = scaled(GRADS["head"], 1 / norm(*jax.tree.leaves(GRADS["head"])))
+    masked = optax.masked(optclip.clip_by_global_norm(1.0), by_path({"^dense/": False}, True))
+    chex.assert_trees_all_close(apply(masked), {"dense": GRADS["dense"], "head": free}, rtol=1e-6)
+    parts = {"train": optclip.clip_by_global_norm(1.0), "frozen": optax.set_to_zero()}
+    split = optax.partition(parts, by_path({"^dense/": "frozen"}, "train"))
+    chex.assert_trees_all_close(apply(split), {"dense": scaled(GRADS["dense"], 0.0), "head": free}, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        by_path({"^dense/kernel$": jnp.inf, "^head/kernel$": jnp.inf}, 1.0),
+        by_leaf(lambda path, x: jnp.inf if x.ndim == 2 else 1.0),
+    ],
+)
+def test_leaves_that_count_in_the_norm_but_are_not_scaled(limits):
+    factor = 1 / norm(*jax.tree.leaves(GRADS))
+    expected = jax.tree.map(lambda x: x if x.ndim == 2 else x * np.float32(factor), GRADS)
+    chex.assert_trees_all_close(apply(optclip.clip_by_global_norm(limits(PARAMS))), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optclip.clip_by_group_norm({"dense": 1.0, "head": 0.1}),
+        optclip.clip_by_group_norm(by_path({"^dense/": 1.0}, 0.1)(PARAMS), by_path({"^dense/": "dense"}, "head")),
+        optax.partition(
+            {"dense": optclip.clip_by_global_norm(1.0), "head": optclip.clip_by_global_norm(0.1)},
+            by_path({"^dense/": "dense"}, "head"),
+        ),
+    ],
+    ids=["prefix", "patterns", "partition"],
+)
+def test_a_limit_for_each_group(tx):
+    expected = {
+        k: scaled(v, limit / norm(*jax.tree.leaves(v))) for (k, v), limit in zip(GRADS.items(), [1.0, 0.1], strict=True)
+    }
+    chex.assert_trees_all_close(apply(tx), expected, rtol=1e-6)
+
+
+def test_statistics_of_fp8_are_left_alone():
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, dot_general_cls=nn.Fp8DirectDotGeneralOp)(x)
+
+    x = jnp.ones((2, 16))
+    variables = Model().init(jax.random.key(0), x)
+    grads = jax.grad(lambda v: jnp.sum(Model().apply(v, x) ** 2))(variables)
+    assert "_overwrite_with_gradient" in grads
+    tx = optax.masked(optclip.clip_by_global_norm(0.1), by_path({"_overwrite_with_gradient": False}, True))
+    updates = apply(tx, grads, variables)
+    chex.assert_trees_all_equal(updates["_overwrite_with_gradient"], grads["_overwrite_with_gradient"])
+    np.testing.assert_allclose(norm(*jax.tree.leaves(updates["params"])), 0.1, rtol=1e-6)
+    alone = apply(optclip.clip_by_global_norm(0.1), grads["params"], variables["params"])
+    chex.assert_trees_all_equal(updates["params"], alone)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.attn = nnx.Linear(4, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+
+def test_paths_of_nnx():
+    params = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+    grads = jax.tree.map(jnp.ones_like, params)
+    assert sorted(jax.tree.leaves(by_leaf(lambda path, _: path)(params))) == [
+        "attn/bias", "attn/kernel", "head/bias", "head/kernel",
+    ]  # fmt: skip
+    kernels = optax.masked(optclip.clip_by_global_norm(1.0), by_path({"kernel$": True}, False))
+    updates = apply(kernels, grads, params)
+    values = jax.tree.leaves(updates)
+    np.testing.assert_allclose(norm(*(x for x in values if x.ndim == 2)), 1.0, rtol=1e-6)
+    assert all(np.all(x == 1) for x in values if x.ndim == 1)
+    limits = by_path({"^head": jnp.inf}, 1.0)(params)
+    exempt = apply(optclip.clip_by_global_norm(limits), grads, params)
+    chex.assert_trees_all_equal(exempt["head"], grads["head"])
+    groups = optclip.clip_by_group_norm(1.0, by_path({"^attn": "attn"}, "rest"))
+    for part in apply(groups, grads, params).values():
+        np.testing.assert_allclose(norm(*jax.tree.leaves(part)), 1.0, rtol=1e-6)
+
+
+STACKED_RULES = {
+    "leaf": partial(optclip.clip_by_leaf_norm, 0.5),
+    "rms": partial(optclip.clip_by_block_rms, 0.05),
+    "unit": partial(optclip.clip_by_unit_norm, 0.2),
+    "agc": partial(optclip.adaptive_grad_clip, 0.01),
+}
+
+
+def linen_layers():
+    """Parameters of three layers that ``nn.scan`` stacks, beside a leaf that is one layer."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.tanh(nn.Dense(4)(x)), None
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x, _ = nn.scan(Block, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(name="layers")(
+                x, None
+            )
+            return nn.Dense(2, name="head")(x)
+
+    return Model().init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+
+
+def nnx_layers():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def layers(rngs: nnx.Rngs):
+        return nnx.Linear(4, 4, rngs=rngs)
+
+    params = {"layers": layers(nnx.Rngs(0)), "head": nnx.Linear(4, 2, rngs=nnx.Rngs(1))}
+    return {k: nnx.to_pure_dict(nnx.state(v, nnx.Param)) for k, v in params.items()}
+
+
+@pytest.mark.parametrize("layers", [linen_layers, nnx_layers])
+@pytest.mark.parametrize("rule", STACKED_RULES)
+def test_stacked_layers_are_clipped_one_by_one(rule, layers):
+    params = layers()
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: np.asarray(rng.normal(size=x.shape), np.float32), params)
+    grads["layers"] = jax.tree.map(
+        lambda x: x * np.float32([1, 30, 1e-3]).reshape(3, *[1] * (x.ndim - 1)), grads["layers"]
+    )
+    stacked = apply(STACKED_RULES[rule](stack_axis=by_path({"^layers/": 0}, None)), grads, params)
+    take = lambda tree, i: {k: jax.tree.map(lambda x: x[i], v) if k == "layers" else v for k, v in tree.items()}
+    for i in range(3):
+        one = apply(STACKED_RULES[rule](), take(grads, i), take(params, i))
+        chex.assert_trees_all_close(take(stacked, i), one, rtol=1e-6)
