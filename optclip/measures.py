@@ -17,7 +17,8 @@ measure        scope                     size
 ============== ========================= =========================================
 
 Arguments per leaf (``groups``, ``axis``, ``stack_axis``, ``axis_name``) are prefix trees of the updates, or functions
-from the updates to one, such as `optclip.by_path`. To pass arguments on to `clip_by`, use ``functools.partial(global_norm, ord=1)``.
+from the updates to one, such as `optclip.by_path`. To pass arguments on to `clip_by`, use
+``functools.partial(global_norm, ord=1)``.
 
 On a mesh the sizes are those of one device. Under ``jit`` with sharded arrays nothing is to be done. Inside
 ``shard_map`` with checked varying axes, sums run over exactly the mesh axes a leaf varies over; only where units or
@@ -236,7 +237,7 @@ def _is_axes(x: Any) -> bool:
 
 
 def _axes_per_leaf(name: str, spec: Any, tree: Updates) -> list[tuple[int, ...] | None]:
-    """``spec`` (an int, a tuple, None, a prefix tree of them, or a function making one) for each leaf, as a tuple of ints or None."""
+    """``spec`` (an int, a tuple, None, a prefix tree or a function making one) for each leaf, as a tuple or None."""
     spec = spec(tree) if callable(spec) else spec
     n = len(jax.tree.leaves(tree))
     specs = [spec] * n if _is_axes(spec) else _wide(name, spec, tree, is_leaf=_is_axes)
