@@ -57,11 +57,12 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
 def _to_size(where: jax.Array, update: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
     """``update * target / size`` where true, else ``update`` itself, bit for bit.
 
-    In two factors, for target / size may underflow where neither does. Where it is not selected the quotient is made
-    harmless: an infinity there would be NaN in the derivative.
+    In two factors, for target / size may leave the range of float32 where the result does not. Where it is not selected
+    the quotient is made harmless: an infinity there would be NaN in the derivative.
     """
     size, target = jnp.where(where, size, 1), jnp.where(where, target, 1)
-    halfway = jnp.where(size > 2.0**64, 2.0**-64, 1.0).astype(size.dtype)
+    far = jnp.where(size * 2.0**-64 > target, 2.0**-64, jnp.where(target * 2.0**-64 > size, 2.0**64, 1.0))
+    halfway = far.astype(size.dtype)
     return jnp.where(where, update * halfway * (target / (size * halfway)), update)
 
 

@@ -65,15 +65,16 @@ def ema_from_min(
         _checks.check_count(call, "patience", patience, least=1)
 
     def init(size: jax.Array) -> EmaFromMin:
-        zero = jnp.zeros(jnp.shape(size), jnp.int32)
-        return EmaFromMin(zero if callable(ratio) else (), zero, zero, jnp.zeros_like(size))
+        zero = lambda: jnp.zeros(jnp.shape(size), jnp.int32)  # buffers of their own, so that a state can be donated
+        return EmaFromMin(zero() if callable(ratio) else (), zero(), zero(), jnp.zeros_like(size))
 
     def step(size: jax.Array, memory: EmaFromMin, *, total: jax.Array, **extra: Any) -> tuple[jax.Array, EmaFromMin]:
         del extra
         tiny = jnp.finfo(size.dtype).tiny
         cap, total = jnp.asarray(warmup_limit, size.dtype), total.astype(size.dtype)
         over = total > cap
-        resting = jnp.where(over, jnp.maximum(size * (cap / jnp.where(over, total, 1)), tiny), jnp.inf)
+        share = jnp.where(over, cap, 1) / jnp.where(over, total, 1)
+        resting = jnp.where(over, jnp.maximum(size * share, tiny), jnp.inf)
         count, mean = memory.count, memory.mean
         factor = jnp.asarray(resolve(ratio, memory.step), size.dtype)
         learning = count < max(warmup, 1)

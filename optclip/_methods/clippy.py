@@ -13,6 +13,7 @@ from optclip._clip import ClipState, clip_by
 from optclip._rules import Threshold, scheduled
 from optclip.measures import Measure, leaf_norm
 
+_UNIT = 2.0**-64  # of the ratios: a huge step over a tiny parameter is beyond the largest float32
 _largest = partial(leaf_norm, ord=np.inf)
 
 
@@ -63,7 +64,7 @@ def clippy(
     knobs = scheduled((relative, absolute))
 
     def clipper(sizes: Any, memory: Any) -> optax.GradientTransformationExtraArgs:
-        rule = Threshold(knobs.init, lambda *_, **extra: (jnp.ones((), jnp.float32), memory))
+        rule = Threshold(knobs.init, lambda *_, **extra: (jnp.full((), _UNIT, jnp.float32), memory))
         return clip_by(sizes, rule, record=record)
 
     def init(params: Any) -> ClipState:
@@ -73,7 +74,8 @@ def clippy(
         _checks.check_params("clippy", params, "its limit is relative to them")
         (rel, least), memory = knobs.update(jnp.zeros((), jnp.float32), state.rule)
         sizes = lambda updates: measure(jax.tree.map(partial(_ratio, rel, least), updates, params))
-        return clipper(sizes, memory).update(updates, state, params, **extra)
+        out, state = clipper(sizes, memory).update(updates, state, params, **extra)
+        return out, state._replace(stats=jax.tree.map(_in_ones, state.stats))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -83,5 +85,11 @@ def _ratio(rel: jax.Array, least: jax.Array, update: Any, param: Any) -> Any:
         return update
     size = jnp.abs(jnp.asarray(update)).astype(_numerics.accumulator(update))
     bound = rel.astype(size.dtype) * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least.astype(size.dtype)
-    # A finite update is not to pass for an infinite one because its ratio is beyond the largest number.
-    return jnp.where(jnp.isfinite(size), jnp.minimum(size / bound, jnp.finfo(size.dtype).max), size)
+    small = bound < 1
+    ratio = jnp.where(small, size, size * _UNIT) / jnp.where(small, bound / _UNIT, bound)
+    # What is still beyond the largest number is not to pass for an infinite update.
+    return jnp.where(jnp.isfinite(size), jnp.minimum(ratio, jnp.finfo(size.dtype).max), size)
+
+
+def _in_ones(ratio: jax.Array) -> jax.Array:
+    return jnp.where(jnp.isfinite(ratio), jnp.minimum(ratio, jnp.finfo(ratio.dtype).max * _UNIT) / _UNIT, ratio)

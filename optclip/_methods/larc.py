@@ -80,5 +80,6 @@ def _add(g: Any, w: Any, decay: jax.Array) -> Any:
     if not _numerics.is_gradient(g):
         return g
     wide = _elementwise.widen(g)
-    return wide + decay.astype(jnp.finfo(wide.dtype).dtype) * jnp.asarray(w).astype(wide.dtype)
+    decay = decay.astype(jnp.finfo(wide.dtype).dtype)
+    return jnp.where(decay == 0, wide, wide + decay * _elementwise.widen(w).astype(wide.dtype))
 

@@ -91,7 +91,7 @@ def _correct(g: Any, last: jax.Array, weight: jax.Array) -> Any:
     if not _numerics.is_gradient(g):
         return g
     wide = _elementwise.widen(g)
-    return wide + weight.astype(jnp.finfo(last.dtype).dtype) * (wide - last)
+    return jnp.where(weight == 0, wide, wide + weight.astype(jnp.finfo(last.dtype).dtype) * (wide - last))
 
 
 def _remember(g: Any, last: jax.Array, fine: jax.Array) -> jax.Array:

@@ -104,8 +104,8 @@ def moment_ratio(
         _checks.check_count(call, "patience", patience, least=1)
 
     def init(size: jax.Array) -> Moments:
-        zero = jnp.zeros(jnp.shape(size), jnp.int32)
-        return Moments(zero, zero, jnp.zeros_like(size), jnp.zeros_like(size))
+        zero = lambda: jnp.zeros(jnp.shape(size), jnp.int32)  # buffers of their own, so that a state can be donated
+        return Moments(zero(), zero(), jnp.zeros_like(size), jnp.zeros_like(size))
 
     def step(size: jax.Array, memory: Moments, **extra: Any) -> tuple[jax.Array, Moments]:
         del extra
