@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip.per_example._block import Block, Region, evaluate
-from optclip.per_example._jax import Literal, bind
+from optclip.per_example._jax import Literal, bind, sum_over_shards
 from optclip.per_example._terms import Dense, Factored, Term, dense, materialize_term, new_label, wide
 
 __all__ = ["Lifted", "as_factored", "contract", "pack", "run_batched"]
@@ -130,10 +130,17 @@ def read_output(block: Block, env: dict, i: int) -> Any:
 
 def contract(value: Factored, label: int, coefs: jax.Array, keep: jax.Array | None) -> jax.Array:
     """``sum_i c_i G_i`` (float32 or wider): the example axis is one more summed label, the coefficient one more product."""
-    total = jnp.zeros(value.shape, wide(value.dtype))
-    for term in value.terms:
-        total += materialize_term(_weighted(term, label, coefs, keep), term.precision).astype(total.dtype)
-    return total
+
+    def total(arrays: tuple[list[Any], jax.Array, jax.Array | None]) -> jax.Array:
+        factors, coefs, keep = arrays
+        result = jnp.zeros(value.shape, wide(value.dtype))
+        for term, new in zip(value.terms, factors, strict=True):
+            pairs = zip(term.factors, new, strict=True)
+            term = dataclasses.replace(term, factors=tuple(dataclasses.replace(f, array=a) for f, a in pairs))
+            result += materialize_term(_weighted(term, label, coefs, keep), term.precision).astype(result.dtype)
+        return result
+
+    return sum_over_shards(total, ([[f.array for f in t.factors] for t in value.terms], coefs, keep))
 
 
 def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) -> Term:

@@ -66,7 +66,11 @@ class Block:
                 for v in eqn.invars:
                     if isinstance(v, Var):
                         self.uses.setdefault(v, []).append(eqn)
-        self.zeros = {e.outvars[0] for e in self.live if _makes_zeros(e)}
+        self.zeros: set[Var] = set()
+        for eqn in self.live:
+            copied = eqn.invars[0] if eqn.primitive.name in _COPIES else None
+            if _makes_zeros(eqn) or (isinstance(copied, Var) and copied in self.zeros):
+                self.zeros.add(eqn.outvars[0])
         self.forward = self._ancestors(v for i, v in enumerate(self.jaxpr.outvars) if i not in self.gradients)
         self.bound: set[Var] = set()
         self.sole: set[Var] = set()  # bound, to one gradient, by one use, through operations that keep the norm
@@ -122,6 +126,9 @@ class Block:
             if any(isinstance(v, Var) and v in found for v in eqn.invars):
                 found.update(eqn.outvars)
         return found
+
+
+_COPIES = ("convert_element_type", "copy", "pcast", "pvary")
 
 
 def _makes_zeros(eqn: JaxprEqn) -> bool:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optclip.per_example import _engine
 from optclip.per_example._front import Call, Signature, prepare
+from optclip.per_example._jax import placed_as, zeros
 from optclip.per_example._limits import Limits, Weights, resolve, weigh
 from optclip.per_example._rules import Rule, hard
 
@@ -114,7 +115,7 @@ def clipped_value_and_grad(
         call = prepare(name, loss_fn, signature, args, kwargs)
         limits = resolve(name, max_norm, call.params_tree)
         mask = _check_mask(name, example_mask, call.size)
-        count = jnp.maximum(call.size if mask is None else jnp.sum(mask), 1)
+        count = call.size if mask is None else jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
 
         def step(examples: list, mask: jax.Array | None) -> tuple[list, tuple]:
             def weights_of(losses: jax.Array, squares: list) -> Weights:
@@ -124,7 +125,7 @@ def clipped_value_and_grad(
             return sums, (losses, aux, weights)
 
         sums, (losses, aux, weights) = _in_microbatches(step, call, mask, microbatch)
-        grads = [s.astype(p.dtype) for s, p in zip(sums, call.params, strict=True)]
+        grads = [placed_as(s.astype(p.dtype), p) for s, p in zip(sums, call.params, strict=True)]
         result = _summary(limits, reduction, mask, losses, aux, weights)
         return result, jax.tree.unflatten(call.params_tree, grads)
 
@@ -194,20 +195,22 @@ def unclipped_fraction(per_example: PerExample) -> Any:
 def _summary(
     limits: Limits, reduction: str, mask: jax.Array | None, losses: jax.Array, aux: Any, weights: Weights
 ) -> tuple[jax.Array, PerExample]:
+    # Counted in float32: over sharded examples the counts then share one reduction with the gradient.
+    total = lambda x: jnp.sum(x, dtype=jnp.float32)
     real = jnp.ones(losses.shape, bool) if mask is None else mask
-    count = jnp.sum(real)
+    count = losses.size if mask is None else total(mask)
     kept = real if weights.keep is None else weights.keep
     loss = jnp.sum(jnp.where(kept, losses, 0))
     if reduction == "mean":
-        loss = loss / jnp.maximum(jnp.sum(kept), 1).astype(loss.dtype)
-    clipped = [jnp.sum(jnp.where(real, c < 1, False)) / jnp.maximum(count, 1) for c in weights.coefs]
+        loss = loss / jnp.maximum(losses.size if weights.keep is None else total(kept), 1).astype(loss.dtype)
+    clipped = [total(real & (c < 1)) / jnp.maximum(count, 1) for c in weights.coefs]
     return loss, PerExample(
         losses=losses,
         norms=jax.tree.unflatten(limits.tree, weights.norms),
         coefs=jax.tree.unflatten(limits.tree, weights.coefs),
         aux=aux,
-        num_examples=count.astype(jnp.int32),
-        num_nonfinite=jnp.sum(weights.nonfinite).astype(jnp.int32),
+        num_examples=jnp.asarray(count, jnp.int32),
+        num_nonfinite=total(weights.nonfinite).astype(jnp.int32),
         clipped_fraction=jax.tree.unflatten(limits.tree, clipped),
     )
 
@@ -234,13 +237,13 @@ def _in_microbatches(
         return jnp.swapaxes(x, 0, 1).reshape(steps * microbatch, *x.shape[2:])[: call.size]
 
     inputs = ([chunk(x) for x in examples], None if mask is None else chunk(mask))
-    zeros = [jnp.zeros(s.shape, s.dtype) for s in jax.eval_shape(step, *jax.tree.map(lambda x: x[0], inputs))[0]]
+    start = [zeros(s) for s in jax.eval_shape(step, *jax.tree.map(lambda x: x[0], inputs))[0]]
 
     def body(sums: list, inputs: tuple) -> tuple[list, Any]:
         new, per_example = step(*inputs)
         return [a + b for a, b in zip(sums, new, strict=True)], per_example
 
-    sums, per_example = jax.lax.scan(body, zeros, inputs)
+    sums, per_example = jax.lax.scan(body, start, inputs)
     return sums, jax.tree.map(unchunk, per_example)
 
 

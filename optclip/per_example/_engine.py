@@ -73,7 +73,7 @@ def _replay(leaf: Rerun, array: jax.Array) -> jax.Array:
 
 def _first_pass(call: Call, examples: list[jax.Array], norms_only: bool) -> _First:
     gradient = jax.value_and_grad(call.loss, has_aux=True)
-    program, shapes = jax.make_jaxpr(gradient, return_shape=True)(call.params, call.example_avals())
+    program, shapes = jax.make_jaxpr(gradient, return_shape=True)(call.params, call.example_types())
     program = flatten(program, unfold_remat=False)
     outputs, leaves = len(program.jaxpr.outvars), len(call.params)
     block = Block(program, range(outputs - leaves, outputs))

@@ -37,8 +37,8 @@ class Call(NamedTuple):
     names: list[str]  # one per parameter leaf, as in its key path
     size: int  # number of examples
 
-    def example_avals(self) -> list[jax.ShapeDtypeStruct]:
-        return [_jax.drop_leading(x) for x in self.examples]
+    def example_types(self) -> list[Any]:
+        return _jax.row_types(self.examples)
 
 
 def prepare(name: str, loss_fn: Callable, signature: Signature, args: tuple, kwargs: dict) -> Call:
@@ -56,6 +56,7 @@ def prepare(name: str, loss_fn: Callable, signature: Signature, args: tuple, kwa
     batch_leaves, batch_tree = jax.tree.flatten(tuple(args[i] for i in batch))
     size = _leading_size(name, batch_leaves)
     examples = [jnp.asarray(x) for x in batch_leaves] + [_split(name, args[i], size) for i in keys]
+    params = [_jax.vary_as(p, examples) for p in params]
 
     def loss(param_leaves: list, example_leaves: list) -> tuple[jax.Array, Any]:
         full = list(args)

@@ -2,18 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
-__all__ = ["REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "drop_leading", "is_remat"]
+from optclip._mesh import varying_axes
+
+__all__ = [
+    "REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "is_remat", "placed_as", "row_types",
+    "sum_over_shards", "vary_as", "zeros",
+]  # fmt: skip
 
 
-def drop_leading(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """The type of one row of ``x``."""
-    return jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+def row_types(arrays: Sequence[jax.Array]) -> list[Any]:
+    """The types of one row of each array, as ``vmap`` makes them: without what concerns the leading axis."""
+    types: list[Any] = []
+
+    def row(*rows: jax.Array) -> None:
+        types.extend(map(jax.typeof, rows))
+
+    jax.eval_shape(jax.vmap(row), *arrays)
+    return types
+
+
+def vary_as(array: jax.Array, others: Sequence[jax.Array]) -> jax.Array:
+    """``array``, typed as different on every device over which ``others`` differ (inside a checked ``shard_map``).
+
+    Otherwise the transpose of "the same on every device" is a sum over devices, in the middle of a gradient.
+    """
+    axes = {axis for other in others for axis in varying_axes(other)} - set(varying_axes(array))
+    return jax.lax.pcast(array, tuple(sorted(axes)), to="varying") if axes else array
+
+
+def zeros(aval: Any) -> jax.Array:
+    """Zeros of a type that may say that the array varies over devices."""
+    axes = manual_axes(aval)
+    array = jnp.zeros(aval.shape, aval.dtype)
+    return jax.lax.pcast(array, axes, to="varying") if axes else array
+
+
+def sum_over_shards(function: Callable[..., jax.Array], arrays: Any) -> jax.Array:
+    """``function(arrays)``, which sums over an axis that may be sharded.
+
+    On a mesh with explicit axes the type of such a sum is ambiguous; here it is: the whole sum on every device.
+    """
+    shardings = [jax.typeof(x).sharding for x in jax.tree.leaves(arrays)]
+    mesh = next((s.mesh for s in shardings if AxisType.Explicit in s.mesh.axis_types), None)
+    if mesh is None:
+        return function(arrays)
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.sharding.auto_axes(function, out_sharding=whole)(arrays)
+
+
+def placed_as(array: jax.Array, other: jax.Array) -> jax.Array:
+    """``array``, on a mesh with explicit axes sharded as ``other`` is."""
+    sharding = jax.typeof(other).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types or jax.typeof(array).sharding == sharding:
+        return array
+    return jax.sharding.reshard(array, sharding)
+
+
+def manual_axes(aval: Any) -> tuple[str, ...]:
+    if hasattr(aval, "vma"):  # jax < 0.10
+        return tuple(sorted(aval.vma or ()))
+    return tuple(sorted(getattr(getattr(aval, "manual_axis_type", None), "varying", None) or ()))
 
 
 def bind(eqn: JaxprEqn, values: Sequence[Any]) -> list[Any]:

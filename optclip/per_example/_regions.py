@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optclip.per_example._batch import Lifted, as_factored, contract, pack, read_output, run_batched
 from optclip.per_example._block import Block, Region, barrier, evaluate, flatten
-from optclip.per_example._jax import REMAT, JaxprEqn, Var, called, is_remat
+from optclip.per_example._jax import REMAT, JaxprEqn, Var, called, is_remat, zeros
 from optclip.per_example._norms import Cost, densify, is_direct, squared_norm
 from optclip.per_example._terms import Axis, Dense, Factored, Rerun, Term, dense, materialize, new_label
 
@@ -137,7 +137,7 @@ class Regions:
                 return [materialize(out[i]) for i in plain], crossing
 
             shapes = jax.eval_shape(arm, operands)
-            nothing = lambda _, shapes=shapes: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            nothing = lambda _, shapes=shapes: jax.tree.map(zeros, shapes)
             others, arrays = jax.lax.cond(index == k, arm, nothing, operands)
             for i, value in zip(wanted, unpack[-1](arrays, None), strict=True):
                 terms[i] += value.terms
