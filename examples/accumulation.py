@@ -10,7 +10,7 @@ Both are one line with `optax.MultiSteps`, and they are not the same:
 Small networks learn scikit-learn's handwritten digits with k = 8, on clean data, and with one micro-batch in 40 a
 thousand times too long.
 
-Typical answer: on clean data, once is the large batch to 1e-6, and clips 12 % of the steps, while each clips 47 % of the
+Typical answer: on clean data, once is the large batch to 1e-6 and clips 12 % of the steps, while each clips 47 % of the
 micro-batches at the same limit. With wild micro-batches, once gives them one step in five (95 % of the test digits
 right), while each hardly notices (98 %).
 

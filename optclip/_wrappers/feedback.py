@@ -70,7 +70,7 @@ def u_clip(
     clipper = optax.with_extra_args_support(inner)
 
     def update(updates: Any, state: FeedbackState, params: Any = None, **extra: Any) -> tuple[Any, FeedbackState]:
-        due = _map(lambda g, d: g.astype(d.dtype) + d, updates, state.buffer)
+        due = _map(_plus, updates, state.buffer)
         cut, inner_state = clipper.update(due, state.inner_state, params, **extra)
         cut = jax.tree.map(_cast_like, cut, updates)
         owed = _map(lambda s, u, d: _enter(s - u.astype(d.dtype), d), due, cut, state.buffer)
@@ -161,7 +161,8 @@ def _track(inner: optax.GradientTransformation, weight: Any) -> optax.GradientTr
 
     def move(v: jax.Array, g: jax.Array, apart: jax.Array, step: jax.Array) -> jax.Array:
         w, g = jnp.asarray(weight).astype(v.dtype), g.astype(v.dtype)
-        return jnp.where(step == apart, w * g + (1 - w) * v, v + w * step)  # v + (g - v) would not be g
+        mixed = jnp.where(w == 1, g, w * g + (1 - w) * v)  # v + (g - v) would not be g
+        return jnp.where(step == apart, mixed, v + w * step)
 
     def update(updates: Any, state: FeedbackState, params: Any = None, **extra: Any) -> tuple[Any, FeedbackState]:
         apart = _map(lambda g, v: g.astype(v.dtype) - v, updates, state.buffer)
@@ -184,6 +185,11 @@ def _start(clipper: optax.GradientTransformationExtraArgs) -> Any:
         return FeedbackState(clipper.init(params), jax.tree.map(zeros, params))
 
     return init
+
+
+def _plus(g: jax.Array, debt: jax.Array) -> jax.Array:
+    g = g.astype(debt.dtype)
+    return jnp.where(debt == 0, g, g + debt)  # a sum with 0 is not g where subnormal numbers are flushed
 
 
 def _map(f: Any, updates: Any, *rest: Any) -> Any:

@@ -92,8 +92,8 @@ def skip_spikes(
 
     def init(params: Any) -> SpikeState:
         loss = loss_judge.init(jnp.zeros((), jnp.float32)) if loss_judge else ()
-        zero = jnp.zeros((), jnp.int32)
-        return SpikeState(guarded.init(params), norm_judge.init(params), loss, zero, zero, zero)
+        counts = (jnp.zeros((), jnp.int32) for _ in range(3))  # buffers of their own, to be donated
+        return SpikeState(guarded.init(params), norm_judge.init(params), loss, *counts)
 
     def update(updates: Any, state: SpikeState, params: Any = None, **extra: Any) -> tuple[Any, SpikeState]:
         stuck = jnp.asarray(False) if patience is None else state.streak >= patience
