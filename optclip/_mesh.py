@@ -36,6 +36,15 @@ def varying_axes(x: Any) -> tuple[str, ...]:
     return tuple(sorted(_manual_type(x, "varying")))
 
 
+def partitioned(leaves: Iterable[Any]) -> bool:
+    """Whether the compiler is known to partition arrays (automatic or explicit axes).
+
+    Types tell, for arguments with a NamedSharding as for ``jax.set_mesh``; ``jit(in_shardings=...)`` alone does not.
+    """
+    meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in leaves)]
+    return any(not m.empty and len(m.manual_axes) < len(m.axis_names) for m in meshes)
+
+
 def _manual_type(x: Any, field: str) -> Iterable[str]:
     aval = jax.typeof(x)
     if hasattr(aval, "vma"):  # jax < 0.10
@@ -154,12 +163,13 @@ def all_reduce(parts: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], op: 
     the same axes. Parts are non-negative if ``op`` is "max"; a NaN comes back as infinity from that.
     """
     union = tuple(sorted({a for names in axes for a in names}))
-    shared: dict[tuple[str, ...], list[int]] = {}
+    shared: dict[Any, list[int]] = {}
     for i, (part, own) in enumerate(zip(parts, axes, strict=True)):
-        alike = jnp.ndim(part) == 0 and not any(a in union and a not in own for a in varying_axes(part))
-        shared.setdefault(union if alike else tuple(sorted(own)), []).append(i)
+        apart = {a for a in varying_axes(part) if a not in own}  # what is packed together varies together, by its type
+        names = union if jnp.ndim(part) == 0 and apart.isdisjoint(union) else tuple(sorted(own))
+        shared.setdefault((names, frozenset(apart)), []).append(i)
     out = list(parts)
-    for names, rows in shared.items():
+    for (names, _), rows in shared.items():
         if not names:
             continue
         flat = [_once(jnp.ravel(parts[i]), [a for a in names if a not in axes[i]]) for i in rows]
