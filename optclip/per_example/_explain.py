@@ -148,11 +148,12 @@ def check(
         for reduction, factor in (("mean", 1), ("sum", call.size)):
             loss_error = _relative([loss], [jnp.mean(losses) * factor])
             found.append((reduction, loss_error, _relative(grads, [m * factor for m in means])))
-        reduction, loss_error, grad_error = min(found, key=lambda row: max(row[1:]))
-        if not max(loss_error, grad_error) <= tolerance:
+        fits = lambda row: row[1] <= tolerance and row[2] <= tolerance  # NaN does not fit
+        reduction, loss_error, grad_error = next((row for row in found if fits(row)), found[0])
+        if not fits((reduction, loss_error, grad_error)):
             raise ValueError(
                 "check: the loss couples examples: on the whole batch it is neither the mean nor the sum of the losses of "
-                f"its examples (relative difference of the loss {loss_error:.1e}, of the gradient {grad_error:.1e}). "
+                f"its examples (relative difference from the mean: loss {loss_error:.1e}, gradient {grad_error:.1e}). "
                 "Usual reasons: batch normalisation in training mode, contrastive losses, a division by a count over "
                 "the batch, dropout"
             )
