@@ -166,13 +166,13 @@ def _suggest(
         f"optclip.clip_by_global_norm({threshold:g})",
         f"One fixed limit near p{100 * q:g} suits the whole run; it would have clipped {clipped} of the steps.",
     )
-    method, why = _per_part(parts) or _following(levels, tail) or fixed
+    method, why = _per_part(parts, threshold) or _following(levels, tail) or fixed
     if nonfinite:
         method = f"optclip.skip_nonfinite(optax.chain({method}, optimizer))"
     return threshold, method, (*reasons, why)
 
 
-def _per_part(parts: tuple[PartRow, ...]) -> tuple[str, str] | None:
+def _per_part(parts: tuple[PartRow, ...], threshold: float) -> tuple[str, str] | None:
     top, spike = parts[0], max(parts, key=lambda p: p.peak)
     if len(parts) < 4:
         return None
@@ -183,7 +183,7 @@ def _per_part(parts: tuple[PartRow, ...]) -> tuple[str, str] | None:
     else:
         return None
     why = f"{what}: one norm for all shrinks every other part for its sake, a limit for each does not."
-    return "optclip.adagc()", why
+    return f"optclip.adagc(max_norm={threshold:g})", why
 
 
 def _following(levels: tuple[float, ...], tail: float) -> tuple[str, str] | None:
@@ -193,7 +193,7 @@ def _following(levels: tuple[float, ...], tail: float) -> tuple[str, str] | None
     why = f"The typical norm moved over the run ({course} by quarters): a limit should follow it."
     if tail < HEAVY:
         return "optclip.zclip()", why
-    return "optclip.autoclip()", f"{why} The percentile of a window is not thrown by a heavy tail."
+    return "optclip.autoclip(90)", f"{why} The percentile of a window is not thrown by a heavy tail."
 
 
 def _round(x: float) -> float:

@@ -77,7 +77,7 @@ def observe(
 
     State: `ObserveState`: 3 kB, 340 bytes per size, and 4 (n + 2) + 1 bytes per step of history.
 
-    Guarantees: the updates are those of ``inner``, bit for bit. Quantiles of the norm are right to 9 %
+    Guarantees: without ``inner`` the updates are the gradient itself. Quantiles of the norm are right to 9 %
       (2^(1/8)), extremes and counts are exact. `merge` adds up states of processes, restarts and runs.
 
     Edge cases: NaN and infinite norms count in ``nonfinite`` and enter nothing else (the history shows them). Sizes

@@ -63,11 +63,11 @@ def add(sketch: Sketch, size: jax.Array) -> Sketch:
     finite = jnp.isfinite(size)
     bins = sketch.counts.shape[-1]
     position = (jnp.log2(jnp.where(finite & (size > 0), size, 2.0**LOWEST)) - LOWEST) * (bins // OCTAVES)
-    index = jnp.clip(jnp.floor(position), 0, bins - 1).astype(jnp.int32)
+    index = jnp.where(finite, jnp.clip(jnp.floor(position), 0, bins - 1), -1).astype(jnp.int32)
     # One comparison per bin instead of a scatter: it fuses, and shards and batches as everything else does.
-    hit = (index[..., None] == jnp.arange(bins, dtype=jnp.int32)) & finite[..., None]
+    hit = jax.nn.one_hot(index, bins, dtype=jnp.int32)
     return Sketch(
-        counts=sketch.counts + hit.astype(jnp.int32),
+        counts=sketch.counts + hit,
         nonfinite=sketch.nonfinite + (~finite).astype(jnp.int32),
         low=jnp.where(finite, jnp.minimum(sketch.low, size), sketch.low),
         high=jnp.where(finite, jnp.maximum(sketch.high, size), sketch.high),
