@@ -17,16 +17,18 @@ From the outside in: ``skip_nonfinite(skip_spikes(chain(clip, optimizer)))``. Un
 written with either restores into the other. Within one run give the limit from outside, as a traced scalar or by
 ``optax.inject_hyperparams(clip_by_global_norm)(max_norm=1.0)``, and set ``state.hyperparams["max_norm"]``.
 
-**Replacing a clipper.** Name the parts of the chain, restore the old state with the old transformation, and keep all
-parts but the one that is new::
+**Replacing a clipper.** Name the parts of the chain, restore the old state with the old transformation, and carry over
+all parts but the one that is new::
 
     old = optax.named_chain(("clip", clip_by_global_norm(1.0)), ("adam", optax.adamw(1e-3)))
     new = optax.named_chain(("clip", clip_by_ema(2.0)), ("adam", optax.adamw(1e-3)))
-    state = {**restored, "clip": new.init(params)["clip"]}
+    state = new.init(params)
+    state["adam"] = restored["adam"]
 
 In a plain ``optax.chain`` the state is a tuple in the order of the chain: ``(new.init(params)[0], *restored[1:])``; in
-front of a chain that had no clipper, ``(new.init(params)[0], *restored)``. Inside a guard: ``state._replace(
-inner_state=...)``.
+front of a chain that had no clipper, ``(new.init(params)[0], *restored)``; inside a guard,
+``new.init(params)._replace(inner_state=...)``. Orbax and ``pickle`` take any of these states; ``flax.serialization``
+does not know the ``OrderedDict`` of a named chain: give it ``dict(state)``.
 """
 
 from optclip._wrappers.feedback import FeedbackState, clip21, track_median, u_clip
