@@ -32,7 +32,7 @@ def run(tx: Any, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
     """Norms after the clip, limits, and the last state, for gradients of one component with the norms ``sizes``."""
 
     def step(state: Any, size: jax.Array) -> tuple[Any, Any]:
-        updates, state = tx.update({"b": jnp.zeros((2, 1)), "w": jnp.stack([-size, 0 * size])}, state)
+        updates, state = tx.update({"b": jnp.zeros((2, 1)), "w": jnp.stack([-size, jnp.zeros_like(size)])}, state)
         return state, (jnp.max(jnp.abs(updates["w"])), jax.tree.leaves(state.stats.limits)[-1])
 
     init = tx.init({"b": jnp.zeros((2, 1)), "w": jnp.zeros(2)})
