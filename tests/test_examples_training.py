@@ -102,7 +102,7 @@ def test_accumulation_once_and_each():
 
 
 def test_the_train_state_of_flax_with_more():
-    """Steps, fields to replace, parameters that are overwritten (fp8): as in Flax; extra arguments go to the optimizer."""
+    """Steps, fields to replace, overwritten parameters (fp8): as in Flax; extra arguments reach the optimizer."""
     seen = optax.GradientTransformationExtraArgs(
         lambda p: jnp.zeros(()), lambda u, s, p=None, *, value=0.0, **e: (u, jnp.asarray(value) + 0 * s)
     )
