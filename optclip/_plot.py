@@ -72,9 +72,10 @@ def _read(source: Any) -> tuple[_Series | None, ObserveState | None]:
         none = np.full(norm.shape, np.inf)
         return _Series(np.arange(len(norm)), norm, none, np.zeros(norm.shape, bool), norm[:, None][:, :0], []), None
     state = find(source)
-    if state.recent is None:
+    now = int(state.course.step)
+    if state.recent is None or now == 0:
         return None, state
-    now, size = int(state.course.step), len(state.recent.norm)
+    size = len(state.recent.norm)
     steps = np.arange(max(0, now - size), now)
     norm, parts, limit, clipped = (np.asarray(x)[steps % size] for x in state.recent)
     return _Series(steps, norm.astype(np.float64), limit, clipped, parts, part_names(state)), state
