@@ -1,12 +1,13 @@
 """How the contract runs a case: jitted once, over sequences of gradients, with comparisons that see every bit."""
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -23,7 +24,7 @@ def cases(**fields: Any) -> Any:
 
 
 def run(tx: Any, grads: Iterable[Any], params: Any = PARAMS, state: Any = None) -> tuple[list[Any], list[Any]]:
-    """The updates and the states of one step after the other, each by the same compiled program."""
+    """The updates and the states of one step after the other, all by one compiled program."""
     chex.clear_trace_counter()
     update = jax.jit(chex.assert_max_traces(tx.update, n=1))
     state = tx.init(params) if state is None else state
@@ -35,14 +36,23 @@ def run(tx: Any, grads: Iterable[Any], params: Any = PARAMS, state: Any = None) 
     return updates, states
 
 
-_ran: dict[str, tuple[list[Any], list[Any]]] = {}
+_ran: dict[tuple[str, Callable[..., Any]], tuple[list[Any], list[Any]]] = {}
 
 
-def standard_run(case: Case) -> tuple[list[Any], list[Any]]:
-    """`run` of a case over `GRADS`, computed once."""
-    if case.name not in _ran:
-        _ran[case.name] = run(case.make(), GRADS)
-    return _ran[case.name]
+def standard_run(case: Case, dtypes: Callable[[Any], Any] = lambda tree: tree) -> tuple[list[Any], list[Any]]:
+    """`run` of a case over `GRADS`, computed once; ``dtypes`` maps the trees to the dtypes to run in."""
+    key = (case.name, dtypes)
+    if key not in _ran:
+        _ran[key] = run(case.make(), map(dtypes, GRADS), dtypes(PARAMS))
+    return _ran[key]
+
+
+def halves(tree: Any) -> Any:
+    """The standard tree in half precision, of both kinds."""
+    return {"dense": cast(tree["dense"], ml_dtypes.bfloat16), "head": cast(tree["head"], np.float16)}
+
+
+HALF_ULP = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
 def limit_value(case: Case) -> float:
