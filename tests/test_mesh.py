@@ -29,8 +29,8 @@ def make(case: Case, axis_name: Any = None, units: Any = None) -> optax.Gradient
     changed: dict[str, Any] = {}
     if case.wrapper and jax.tree.leaves(case.kwargs["inner"].init({})):  # the clipper of the row, not the identity
         changed["inner"] = optclip.clip_by_global_norm(0.5, axis_name=axis_name)
-    if "axis_name" in takes:
-        changed["axis_name"] = ("data", "model") if case.public == "skip_nonfinite" else axis_name
+    if "axis_name" in takes and case.public != "skip_nonfinite":  # whose devices decide together without being told
+        changed["axis_name"] = axis_name
     elif "measure" in takes:
         changed["measure"] = partial(case.kwargs.get("measure", takes["measure"].default), axis_name=axis_name)
     return case.make(**changed)

@@ -80,7 +80,7 @@ def skip_nonfinite(
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> tuple[Any, SkipState]:
         after, inner_state = guarded.update(updates, state.inner_state, params, **extra)
         bad = any_of(nonfinite(updates) + nonfinite(after) + _spoiled(inner_state, state.inner_state))
-        bad = _mesh.agree(bad, (axis_name,) if isinstance(axis_name, str) else axis_name)
+        bad = _mesh.agree(bad, axis_name)
         consecutive = jnp.where(bad, optax.safe_increment(state.consecutive), 0)
         fill = 0.0 if max_consecutive is None else jnp.where(consecutive > max_consecutive, jnp.nan, 0.0)
         total = jnp.where(bad, optax.safe_increment(state.total), state.total)
