@@ -214,7 +214,7 @@ def _heat_map(figure: Any, axis: Any, series: _Series) -> None:
     axis.set_yticks(ticks, [names[i] for i in ticks], fontsize=9 if len(ticks) < 20 else 7)
     axis.invert_yaxis()
     axis.set_xlabel("step")
-    label = "norm of the part" + (f",\nlargest of {width} steps" if width > 1 else "")
+    label = "norm" if width == 1 else f"norm, largest of {width}"
     scale = axis.inset_axes((1.03, 0, 0.02, 1))
     scale.set_in_layout(False)  # it lies in the free corner below the distribution
     bar = figure.colorbar(image, cax=scale, label=label)

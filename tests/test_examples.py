@@ -20,3 +20,9 @@ def test_quickstart(tmp_path):
     result = json.loads((tmp_path / "quickstart.json").read_text())
     assert len(result["runs"]) == 8 and all(0 <= r["accuracy"] <= 1 for r in result["runs"])
     assert (tmp_path / "quickstart.png").stat().st_size > 20_000
+
+
+def test_advise(tmp_path):
+    said = run("advise.py", "--steps", "60", "--out", str(tmp_path))
+    assert "Gradient norm over 60 steps" in said and "Suggestion: optclip." in said and "Trained from the same start" in said
+    assert (tmp_path / "advise.png").stat().st_size > 20_000
