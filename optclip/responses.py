@@ -78,7 +78,8 @@ def rescale(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
 def clamp(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     """Clamps each element to [-limit, limit], whatever its size; infinities land on the bound, NaN stays NaN."""
     del size
-    return jnp.where(update > limit, limit, jnp.where(update < -limit, -limit, update))
+    beyond = (update < -limit) | (update > limit)
+    return jnp.where(beyond, jnp.clip(update, -limit, limit), update)  # selected, for min and max flush denormals
 
 
 def smooth(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:

@@ -68,4 +68,5 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
 def _between(update: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(update):
         raise TypeError("clip: complex numbers have no order; clip their norm instead, with clip_by_leaf_norm")
-    return jnp.where(update > high, high, jnp.where(update < low, low, update))  # a select: clip flushes denormals
+    beyond = (update < low) | (update > high)
+    return jnp.where(beyond, jnp.clip(update, low, high), update)  # selected, for min and max flush denormals
