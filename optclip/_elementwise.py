@@ -17,7 +17,7 @@ def zeros(tree: Any, *, complex: bool = False) -> Any:
         dtype = _numerics.accumulator(x)
         if complex and jnp.iscomplexobj(x):
             dtype = jnp.promote_types(dtype, jnp.complex64)
-        return _mesh.place(jnp.zeros(jnp.shape(x), dtype), jax.eval_shape(jnp.asarray, x), x)
+        return _mesh.like(jnp.zeros(jnp.shape(x), dtype), x)
 
     return jax.tree.map(one, tree)
 
