@@ -11,7 +11,8 @@ for ``jax.value_and_grad(loss_fn, has_aux=True)``; its second output `PerExample
 
 * rules, ``(norm, limit) -> coefficient``: `hard`, `normalize`, ``automatic(gamma)``, ``psac(r)``
 * limits: a float, a traced scalar (from a schedule or from optimizer state), or a prefix tree of them, one per group
-* an adaptive limit: ``limit * exp(-rate * (unclipped_fraction(per_example) - quantile))`` from one step to the next
+* an adaptive limit: ``adapt_limit(limit, unclipped_fraction(per_example))`` from one step to the next
+* for private training: `add_gaussian_noise` as an Optax transformation, `split_budget` for a limit per layer
 
 No privacy accounting is done or promised here: this package bounds the sensitivity of the sum; noise, sampling and the
 (epsilon, delta) that follows from them are the caller's (for instance with the dp_accounting library).
@@ -19,13 +20,23 @@ No privacy accounting is done or promised here: this package bounds the sensitiv
 
 from optclip.per_example._clipping import PerExample, clipped_value_and_grad, unclipped_fraction, value_and_norms
 from optclip.per_example._explain import Checked, Explained, LeafCost, check, explain
+from optclip.per_example._noise import (
+    GaussianNoiseState,
+    adapt_limit,
+    add_gaussian_noise,
+    split_budget,
+    split_budget_by_size,
+)
 from optclip.per_example._rules import automatic, hard, normalize, psac
 
 __all__ = [
     "Checked",
     "Explained",
+    "GaussianNoiseState",
     "LeafCost",
     "PerExample",
+    "adapt_limit",
+    "add_gaussian_noise",
     "automatic",
     "check",
     "clipped_value_and_grad",
@@ -33,6 +44,8 @@ __all__ = [
     "hard",
     "normalize",
     "psac",
+    "split_budget",
+    "split_budget_by_size",
     "unclipped_fraction",
     "value_and_norms",
 ]
