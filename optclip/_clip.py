@@ -77,13 +77,11 @@ def clip_by(
         with _mesh.shapes_only():
             sizes = jax.eval_shape(measured, params)
             memory = rule.init(sizes)
-            limits, after = jax.eval_shape(allowed, sizes, memory, params)
-        memory = _mesh.place(memory, after, params)
-        if not record:
-            return ClipState(memory, None)
-        fill = lambda tree, value: jax.tree.map(lambda s: jnp.full(s.shape, value, s.dtype), tree)
-        stats = ClipStats(sizes, limits)
-        return ClipState(memory, _mesh.place(ClipStats(fill(sizes, 0), fill(limits, jnp.inf)), stats, params))
+            if not record:
+                return ClipState(memory, None)
+            limits, _ = jax.eval_shape(allowed, sizes, memory, params)
+        fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
+        return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
         sizes = measured(updates)

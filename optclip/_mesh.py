@@ -217,27 +217,22 @@ def _may_differ(x: jax.Array, axis_name: str | tuple[str, ...] | None) -> tuple[
     return tuple(a for a, tracked in _bound(set(names)).items() if not tracked or a in varying)
 
 
-def place(tree: Any, types: Any, like: Any) -> Any:
-    """``tree`` with the explicit shardings and the varying axes of ``types``, so that a fresh state keeps its type.
+def like(tree: Any, size: Any) -> Any:
+    """``tree``, whose shapes start with that of ``size``, with the explicit sharding and the varying axes of ``size``.
 
-    Arrays outside ``jit`` go to the devices of the mesh on which the first sharded leaf of ``like`` lies.
+    So a fresh state has the type it will keep. Where there is no mesh yet (an ``init`` outside of ``jit`` and
+    ``jax.set_mesh``) types are left open.
     """
+    varying, sharding = varying_axes(size), jax.typeof(size).sharding
+    explicit = bool(sharding.mesh.explicit_axes) and any(sharding.spec)
 
-    def one(x: Any, type: Any) -> Any:
-        missing = tuple(a for a in varying_axes(type) if a not in varying_axes(x))
+    def one(x: Any) -> Any:
+        missing = tuple(a for a in varying if a not in varying_axes(x))
         x = lax.pcast(x, missing, to="varying") if missing else x
-        sharding = getattr(type, "sharding", None)
-        spec = getattr(sharding, "spec", ())
-        if not any(spec) or not sharding.mesh.explicit_axes:
+        open_ = jax.sharding.get_abstract_mesh().empty and not isinstance(x, jax.core.Tracer)
+        if not explicit or open_ or jnp.ndim(x) == 0:
             return x
-        if not isinstance(x, jax.core.Tracer):
-            mesh = next((s.mesh for s in map(_sharding, jax.tree.leaves(like)) if s is not None), None)
-            return x if mesh is None else jax.device_put(x, jax.sharding.NamedSharding(mesh, spec))
-        return jax.reshard(x, sharding)
+        spec = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))
+        return jax.reshard(x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec)))
 
-    return jax.tree.map(one, tree, types)
-
-
-def _sharding(x: Any) -> Any:
-    sharding = None if isinstance(x, jax.core.Tracer) else getattr(x, "sharding", None)
-    return sharding if isinstance(sharding, jax.sharding.NamedSharding) else None
+    return jax.tree.map(one, tree)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _numerics
+from optclip import _checks, _mesh, _numerics
 
 
 class Threshold(NamedTuple):
@@ -83,8 +83,8 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
     """
 
     def start(sizes: Any) -> Any:
-        packs, _ = pack([jnp.zeros(jnp.shape(s), s.dtype) for s in jax.tree.leaves(sizes)])
-        return _join([init(size) for size in packs])
+        packs, _ = pack([_mesh.like(jnp.zeros(jnp.shape(s), s.dtype), s) for s in jax.tree.leaves(sizes)])
+        return _join([_mesh.like(init(size), size) for size in packs])
 
     def step(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
@@ -131,6 +131,8 @@ def pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]]
 
 def select(where: jax.Array, new: Any, old: Any) -> Any:
     """``new`` where true, else ``old``, for trees of arrays whose shapes start with that of ``where``."""
+
+    new, old = _mesh.like((new, old), where)
 
     def pick(n: jax.Array, o: jax.Array) -> jax.Array:
         return jnp.where(where.reshape(where.shape + (1,) * (jnp.ndim(o) - where.ndim)), n, o)

@@ -43,7 +43,8 @@ def place(tree: Any, specs: Any, on: jax.sharding.Mesh) -> Any:
 def on_jit(run: Callable[..., Any], params: Any, grads: Any, kind: AxisType) -> Any:
     """``run(params, grads)`` under jit, with sharded arrays."""
     where = mesh(kind)
-    return jax.jit(run)(place(params, SPECS, where), place(grads, steps(SPECS), where))
+    with jax.set_mesh(where):
+        return jax.jit(run)(place(params, SPECS, where), place(grads, steps(SPECS), where))
 
 
 def on_shard_map(run: Callable[..., Any], params: Any, grads: Any, checked: bool) -> Any:
