@@ -50,7 +50,8 @@ class TrainState(train_state.TrainState):
 
         # Flax does the rest, parameters it overwrites with their gradients (fp8) included.
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
-        return train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs).replace(tx=self.tx)
+        after: Any = train_state.TrainState.apply_gradients(bound, grads=grads, **kwargs)
+        return after.replace(tx=self.tx)
 
     def summary(self, *, per_leaf: bool = False) -> dict[str, Any]:
         """What clippers and guards did in the last step: `optclip.summary` of the optimizer state."""

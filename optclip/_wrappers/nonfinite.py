@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
-from optclip._clip import ClipState
 from optclip._wrappers.guard import any_of, keep, nonfinite, withhold
-from optclip._wrappers.spikes import SpikeState
 
 
 class SkipState(NamedTuple):
@@ -53,9 +51,9 @@ def skip_nonfinite(
       device. Dtypes and weak types of the inner state never change, even where those of ``inner`` would.
 
     Edge cases: an array of the inner state counts as bad where it was finite and no longer is, so that infinities that
-      belong there (limits, extremes) do no harm; memories of clippers and hyper-parameters are not looked at. Finite
-      but huge gradients pass: clip them, or use `skip_spikes`. Put it around `optax.MultiSteps`, and a bad micro-batch
-      is left out of the accumulation; inside, it comes too late: the accumulator keeps a NaN for good, unless
+      belong there do no harm; what optclip itself keeps, and hyper-parameters, are not looked at. Finite but huge
+      gradients pass: clip them, or use `skip_spikes`. Put it around `optax.MultiSteps`, and a bad micro-batch is left
+      out of the accumulation; inside, it comes too late: the accumulator keeps a NaN for good, unless
       ``should_skip_update_fn=optax.skip_not_finite`` keeps it out.
 
     Departures: `optax.apply_if_finite` looks at the gradient alone, decides per device under ``shard_map``, and lets
@@ -99,11 +97,14 @@ _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 
 
 def _memories(state: Any) -> Iterator[Any]:
-    """The arrays of a state but for the memories of clippers, which take in nothing that is not finite and hold
-    infinities of their own, and for hyper-parameters, which the user sets."""
-    own = (ClipState, SpikeState, *_INJECTED)
-    for node in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, own)):
-        if isinstance(node, (SpikeState, *_INJECTED)):
-            yield from _memories(node.inner_state)
-        elif not isinstance(node, ClipState):
+    """The arrays of a state but for those of this package, which take in nothing that is not finite and hold infinities
+    of their own (limits, extremes, empty windows), and for hyper-parameters, which the user sets."""
+    for node in jax.tree.leaves(state, is_leaf=_own):
+        if _own(node):
+            yield from _memories(getattr(node, "inner_state", getattr(node, "inner", ())))
+        else:
             yield node
+
+
+def _own(node: Any) -> bool:
+    return isinstance(node, _INJECTED) or (hasattr(node, "_fields") and type(node).__module__.startswith("optclip."))

@@ -131,7 +131,7 @@ def test_infinities_that_belong_to_a_state_do_not_lock_it():
     tx = skip_nonfinite(
         optax.chain(
             clip_by_ema(1.1, warmup=1, patience=2),
-            optclip.clip_by_historical_norm(1.0, window=2, warmup=1, patience=2),
+            optclip.observe(optclip.clip_by_historical_norm(1.0, window=2, warmup=1, patience=2), history=2),
             optax.inject_hyperparams(clip_by_global_norm)(max_norm=rate),
         )
     )
