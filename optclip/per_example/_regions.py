@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from optclip.per_example._batch import Lifted, as_factored, contract, pack, read_output, run_batched
 from optclip.per_example._block import Block, Region, barrier, evaluate, flatten
-from optclip.per_example._jax import REMAT, JaxprEqn, Var, called, is_remat, zeros
+from optclip.per_example._jax import REMAT, ClosedJaxpr, JaxprEqn, Var, called, is_remat, zeros
 from optclip.per_example._norms import Cost, densify, is_direct, squared_norm
 from optclip.per_example._terms import Axis, Dense, Factored, Rerun, Term, dense, materialize, new_label
 
@@ -31,8 +31,8 @@ class _Scan:
     def __init__(self, eqn: JaxprEqn, wanted: Sequence[int]) -> None:
         p = eqn.params
         self.length, self.reverse, self.unroll = p["length"], p["reverse"], p["unroll"]
-        self.consts, self.carries = p["num_consts"], p["num_carry"]
         program = flatten(p["jaxpr"], unfold_remat=True)
+        self.consts, self.carries = _counts(eqn, program)
         plain = Block(program, ())
         self.sums = [i for i in wanted if i < self.carries and _only_added_to(plain, self.consts + i, i)]
         self.stacks = [i for i in wanted if i >= self.carries]
@@ -48,6 +48,14 @@ class _Scan:
         by_index = dict(zip(self.moving, moving, strict=True))
         avals = [v.aval for v in self.block.jaxpr.invars[self.consts : self.consts + self.carries]]
         return [by_index.get(i, Factored((), a.shape, a.dtype)) for i, a in enumerate(avals)]
+
+
+def _counts(eqn: JaxprEqn, body: ClosedJaxpr) -> tuple[int, int]:
+    """Numbers of constants and carries: what is not scanned has one shape inside and outside. (Parameters that say so vary
+    with the version of jax.)"""
+    same = lambda outer, inner: sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
+    carries = same(eqn.outvars, body.jaxpr.outvars)
+    return same(eqn.invars, body.jaxpr.invars) - carries, carries
 
 
 def _only_added_to(block: Block, invar: int, output: int) -> bool:
