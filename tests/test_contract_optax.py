@@ -1,0 +1,158 @@
+"""The contract, items 7 and 8: inside everything Optax wraps around a transformation, and through every checkpoint."""
+
+import inspect
+import pickle
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import optclip
+from optclip.stats import recorded
+from tests.cases import CASES, GRADS, PARAMS
+from tests.harness import assert_bits, assert_close, avals, cases, each_case, finite, limit_value, standard_run
+
+MASK = {"dense": True, "head": False}
+
+
+def two_steps(tx, grads=GRADS[:2]):
+    """Two eager updates; the state must keep its types."""
+    state = tx.init(PARAMS)
+    out = []
+    for grad in grads:
+        update, after = tx.update(grad, state, PARAMS)
+        assert avals(after) == avals(state)
+        assert avals(update) == avals(grad)
+        out.append(update)
+        state = after
+    return out, state
+
+
+@each_case
+def test_chains_and_names_change_nothing(case):
+    tx = optax.chain(optax.identity(), optax.named_chain(("clipper", case.make()), ("scale", optax.scale(1.0))))
+    updates, state = two_steps(tx)
+    assert_close(updates, standard_run(case)[0][:2], rtol=2e-6)
+    keys = optclip.summary(standard_run(case)[1][0])
+    assert set(optclip.summary(state)) == {key.replace("/", "/clipper/", 1) for key in keys}
+
+
+@each_case
+def test_masks_groups_and_conditions(case):
+    alone, _ = two_steps_of_dense(case)
+    masked, _ = two_steps(optax.masked(case.make(), MASK))
+    labels = {"dense": "clip", "head": "free"}
+    parts = {"clip": case.make(), "free": optax.identity(), "nobody": case.make()}
+    split, _ = two_steps(optax.partition(parts, labels))
+    for got in (masked, split):
+        assert_bits([u["head"] for u in got], [jax.tree.map(jnp.asarray, g["head"]) for g in GRADS[:2]])
+        assert_close([u["dense"] for u in got], alone, rtol=2e-6)
+    sometimes = optax.conditionally_transform(case.make(), lambda step, **extra: step >= 1)
+    first, second = two_steps(sometimes, [GRADS[1], GRADS[0]])[0]
+    assert_bits(jax.tree.map(np.asarray, first), GRADS[1])
+    assert_close(second, standard_run(case)[0][0], rtol=2e-6)
+
+
+def two_steps_of_dense(case):
+    tx = case.make()
+    only = lambda tree: {"dense": tree["dense"]}
+    state, out = tx.init(only(PARAMS)), []
+    for grad in GRADS[:2]:
+        update, state = tx.update(only(grad), state, only(PARAMS))
+        out.append(update["dense"])
+    return out, state
+
+
+@each_case
+def test_accumulation_and_finiteness_guards(case):
+    steps = optax.MultiSteps(case.make(), 2)
+    guarded = optax.apply_if_finite(case.make(), 3)
+
+    @jax.jit
+    def both(a, b, params):
+        multi, once = steps.init(params), guarded.init(params)
+        nothing, multi = steps.update(a, multi, params)
+        mean, multi = steps.update(b, multi, params)
+        good, once = guarded.update(a, once, params)
+        bad, once = guarded.update(jax.tree.map(lambda x: x * jnp.nan, a), once, params)
+        return nothing, mean, good, bad, multi, once
+
+    nothing, mean, good, bad, multi, _ = both(GRADS[0], GRADS[0], PARAMS)
+    want = standard_run(case)[0][0]
+    assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(nothing))
+    assert_close([mean, good], [want, want], rtol=5e-6)
+    assert finite(bad)
+    assert avals(optclip.summary(multi)) == avals(optclip.summary(standard_run(case)[1][0]))
+
+
+@cases(limit=lambda name: name is not None, wrapper=False)
+def test_hyper_parameters_can_be_injected(case):
+    method = getattr(optclip, case.public)
+    static = [name for name in inspect.signature(method).parameters if name != case.limit]
+    value = limit_value(case)
+    injected = optax.inject_hyperparams(method, static_args=static)(**{**case.kwargs, case.limit: value})
+    state = injected.init(PARAMS)
+    step = jax.jit(injected.update)
+    update, state = step(GRADS[0], state, PARAMS)
+    assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+    state.hyperparams[case.limit] = jnp.full((), value / 2, jnp.float32)  # not weak, as Optax keeps it
+    update, after = step(GRADS[0], state, PARAMS)
+    assert avals(after) == avals(state) and finite(update)
+
+
+@pytest.mark.parametrize(("name", "kwargs"), [
+    ("clip", {"max_delta": 0.1}), ("clip_by_global_norm", {"max_norm": 0.5}), ("clip_by_block_rms", {"threshold": 0.1}),
+    ("adaptive_grad_clip", {"clipping": 0.1}), ("clip_by_leaf_norm", {"max_norm": lambda count: 0.5}),
+])  # fmt: skip
+def test_what_optax_injects_without_being_told_what_is_static(name, kwargs):
+    tx = optax.inject_hyperparams(getattr(optclip, name))(**kwargs)
+    update, _ = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)
+    plain = getattr(optclip, name)(**kwargs)
+    assert_close(update, plain.update(GRADS[0], plain.init(PARAMS), PARAMS)[0], rtol=2e-6)
+
+
+@each_case
+def test_optax_finds_statistics_and_knows_parameters_by_their_shape(case):
+    tx, state = case.make(), standard_run(case)[1][1]
+    for _, clipper in recorded(state):
+        if not case.wrapper:
+            found = optax.tree.get(state, "ClipStats")
+            assert_bits(found, clipper.stats)
+
+    def check(x, param):
+        assert np.shape(x) == np.shape(param), "shaped as its parameter"
+        return jnp.asarray(x)
+
+    same = optax.tree.map_params(tx, check, state, PARAMS)
+    assert_bits(same, state)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """All states after three steps, saved and restored at once: by flax, pickle and orbax."""
+    states = {case.name: jax.device_get(standard_run(case)[1][2]) for case in CASES}
+    blank = {case.name: case.make().init(PARAMS) for case in CASES}
+    path = tmp_path_factory.mktemp("orbax") / "states"
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, list(map(jax.device_get, states.values())))
+        saver.wait_until_finished()
+        orbax = dict(zip(states, saver.restore(path, list(blank.values())), strict=True))
+    flaxed = {n: flax.serialization.from_bytes(blank[n], flax.serialization.to_bytes(s)) for n, s in states.items()}
+    pickled = {n: pickle.loads(pickle.dumps(s)) for n, s in states.items()}
+    return {"orbax": orbax, "flax": flaxed, "pickle": pickled}
+
+
+@each_case
+def test_a_restored_run_goes_on_bit_for_bit(case, saved):
+    updates, states = standard_run(case)
+    step = jax.jit(case.make().update)
+    for name, restored in saved.items():
+        assert_bits(jax.device_get(restored[case.name]), jax.device_get(states[2]), where=f"{name}: ")
+    state = jax.tree.map(jnp.asarray, saved["orbax"][case.name])
+    update, state = step(GRADS[3], state, PARAMS)
+    assert_bits(update, updates[3])
+    assert_bits(state, states[3])
