@@ -1,1 +1,1 @@
-"""Speed, measured side by side. `python -m benchmarks.run_all` runs everything, `python -m benchmarks.report` renders it."""
+"""Speed, measured side by side: `python -m benchmarks.run_all` runs, `python -m benchmarks.report` renders."""

@@ -1,0 +1,198 @@
+"""Renders the result files: the tables of the README, and a picture.
+
+Text between ``<!-- bench:NAME -->`` and ``<!-- /bench:NAME -->`` in the README is replaced by the table NAME.
+
+    python -m benchmarks.report             # rewrites README.md and docs/benchmarks.png
+    python -m benchmarks.report --print     # prints the tables
+"""
+
+import argparse
+import json
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from benchmarks._harness import RESULTS
+
+ROOT = pathlib.Path(__file__).parents[1]
+GPT2 = "GPT-2 124M, float32"
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *(f"| {' | '.join(r)} |" for r in rows)])
+
+
+def _x(value: Any) -> str:
+    return "–" if value is None or value != value else f"{value:.2f}×"
+
+
+def goals(results: dict[str, Any]) -> str:
+    """What was to be reached, what optax does, and what was measured."""
+    floor, leaves = (results[name]["result"] for name in ("floor", "leaves"))
+    alone, behind = floor[GPT2]["standalone"], floor[GPT2]["with adamw"]
+    bf16 = floor["GPT-2 124M, bfloat16"]
+    ours, peer = "optclip clip_by_global_norm", "optax clip_by_global_norm"
+    thousand, gpt2 = leaves["1000 leaves of 1,000"], leaves["GPT-2, 148 leaves"]
+    torch = alone.get("torch clip_grad_norm_ (foreach)")
+
+    def over(rows: dict[str, Any], a: str, b: str, column: str = "ms") -> float:
+        return rows[a][column] / rows[b][column]
+
+    def growth(a: str, b: str) -> float:
+        return leaves[b][ours]["trace + compile s"] / leaves[a][ours]["trace + compile s"]
+
+    rows = [
+        [
+            "clip + adamw, against adamw + one read of the gradient",
+            "≤ 1.05×",
+            _x(behind[f"{ours} + adamw"]["of floor"]),
+            _x(behind[f"{peer} + adamw"]["of floor"]),
+        ],
+        ["standalone global-norm clip, against optax", "≤ 1.0×", _x(alone[ours]["ratio"]), "1"],
+        [
+            "… against torch foreach",
+            "≤ 1.0×",
+            _x(alone[ours]["ms"] / torch["ms"]) if torch else "not measured",
+            _x(alone[peer]["ms"] / torch["ms"]) if torch else "not measured",
+        ],
+        [
+            "1,000 leaves of 1,000 elements: compile",
+            "≤ 0.35×",
+            _x(over(thousand, ours, peer, "trace + compile s")),
+            "1",
+        ],
+        ["1,000 leaves of 1,000 elements: run", "≤ 0.6×", _x(over(thousand, ours, peer)), "1"],
+        [
+            "5,000 leaves against 2,500: compile",
+            "2× (linear)",
+            _x(growth("2500 leaves of 1,000", "5000 leaves of 1,000")),
+            "minutes",
+        ],
+        [
+            "GPT-2's 148 leaves: trace + compile, statistics recorded",
+            "≤ 1.0×",
+            _x(over(gpt2, ours, peer, "trace + compile s")),
+            "1",
+        ],
+        ["AGC: time", "≤ 0.8×", _x(over(alone, "optclip adaptive_grad_clip", "optax adaptive_grad_clip")), "1"],
+        [
+            "AGC: bytes accessed",
+            "≤ 0.8×",
+            _x(over(alone, "optclip adaptive_grad_clip", "optax adaptive_grad_clip", "bytes")),
+            "1",
+        ],
+        ["speed of the max-norm pass, of the L2 pass", "≥ 0.8×", _x(over(alone, "norm, ord=2", "norm, ord=inf")), "–"],
+        [
+            "speed of the bfloat16 norm, of memory",
+            "≥ 0.9×",
+            _x(bf16["memory"]["read"]["ms"] / bf16["standalone"]["norm, ord=2"]["ms"]),
+            "–",
+        ],
+        ["AdaGC on 148 leaves, against our global-norm clip", "≤ 1.1×", _x(over(gpt2, "optclip adagc", ours)), "–"],
+        ["AdaGC on 1,000 leaves", "≤ 1.1×", _x(over(thousand, "optclip adagc", ours)), "–"],
+        ["AutoClip per leaf on 148 leaves", "≤ 1.1×", _x(over(gpt2, "optclip autoclip per leaf", ours)), "–"],
+        ["AutoClip per leaf on 1,000 leaves", "≤ 1.1×", _x(over(thousand, "optclip autoclip per leaf", ours)), "–"],
+        [
+            "temporary memory of the clip, of the gradient's size",
+            "< 1 %",
+            f"{alone[ours]['temp / gradient']:.2%}",
+            f"{alone[peer]['temp / gradient']:.2%}",
+        ],
+    ]
+    return table(["what", "to reach", "optclip", "optax"], rows)
+
+
+def steps(results: dict[str, Any]) -> str:
+    """A training step with each clipper, against the same step without."""
+    result = results["step"]["result"]
+    names = list(next(iter(result.values())))
+    rows = []
+    for name in names[1:]:
+        cells = [f"{_x(model[name]['ratio'])} / {_x(model[name]['compile ratio'])}" for model in result.values()]
+        rows.append([f"`{name}`", *cells])
+    return table(["run / compile time, against no clipping", *result], rows)
+
+
+def mesh(results: dict[str, Any]) -> str:
+    result = results["mesh"]["result"]
+    rows = [[title, *(f"{row['all-reduces']:.0f}" for row in case.values())] for title, case in result.items()]
+    return table(["all-reduces in the program", *next(iter(result.values()))], rows)
+
+
+def per_example(results: dict[str, Any]) -> str:
+    """Time and memory of per-example clipping, against a plain gradient."""
+    result = results["per_example"]["result"]
+    columns = sorted({name for case in result.values() for name in case})
+    cell = lambda row: f"{_x(row.get('ratio'))} / {_x(row.get('memory ratio'))}" if row else "–"
+    rows = [[title, *(cell(case.get(name)) for name in columns)] for title, case in result.items()]
+    return table(["time / memory", *columns], rows)
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "goals": goals,
+    "steps": steps,
+    "mesh": mesh,
+    "per_example": per_example,
+}
+
+
+def picture(results: dict[str, Any], path: pathlib.Path) -> None:
+    """Compile time over the number of leaves, and the run time of every method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), constrained_layout=True)
+    leaves = {k: v for k, v in results["leaves"]["result"].items() if k.endswith("of 1,000")}
+    counts = {title: int(title.split()[0]) for title in leaves}
+    for name, color in {
+        "optax clip_by_global_norm": "#d55e00",
+        "optclip clip_by_global_norm": "#0072b2",
+        "optclip adagc": "#009e73",
+    }.items():
+        points = [(counts[t], rows[name]["trace + compile s"]) for t, rows in leaves.items() if name in rows]
+        left.plot(*zip(*points, strict=True), "o-", color=color, label=name)
+    left.set(xscale="log", yscale="log", xlabel="leaves of 1,000 elements", ylabel="trace + compile, seconds")
+    left.set_title("Compile time over the number of leaves")
+    left.legend(frameon=False)
+    methods = results["methods"]["result"]["every method"]
+    order = sorted(methods, key=lambda name: methods[name]["ratio"])
+    right.barh(range(len(order)), [methods[name]["ratio"] for name in order], color="#0072b2", height=0.7)
+    right.set_yticks(range(len(order)), order, fontsize=7)
+    right.axvline(1, color="0.5", lw=1, ls=":")
+    right.set(xlabel="run time, as a multiple of clip_by_global_norm", title="Every method", ylim=(-1, len(order)))
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=120)
+
+
+def rewrite(readme: str, tables: dict[str, str]) -> str:
+    """The README with each table in its place."""
+    for name, text in tables.items():
+        pattern = rf"(<!-- bench:{name} -->\n).*?(<!-- /bench:{name} -->)"
+        readme = re.sub(pattern, lambda m, text=text: m[1] + text + "\n" + m[2], readme, flags=re.S)
+    return readme
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", action="store_true")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    results = json.loads((args.results / f"{args.device}.json").read_text())
+    tables = {name: render(results) for name, render in TABLES.items() if name in results or name in ("goals", "steps")}
+    if args.print:
+        for name, text in tables.items():
+            print(f"\n{name}\n\n{text}")
+        return
+    readme = ROOT / "README.md"
+    readme.write_text(rewrite(readme.read_text(), tables))
+    picture(results, ROOT / "docs" / "benchmarks.png")
+    print("README.md and docs/benchmarks.png are up to date")
+
+
+if __name__ == "__main__":
+    main()
