@@ -1,0 +1,108 @@
+"""Mix your own: any measure with any threshold and any response, states and errors of `clip_by` itself."""
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import optclip
+from optclip import measures, responses, thresholds
+from tests import oracles
+from tests.cases import GRADS, PARAMS
+from tests.harness import assert_close, avals, finite
+
+MEASURES = ["global_norm", "leaf_norm", "leaf_rms", "unit_norm", "magnitude"]
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_a_named_method_is_what_a_user_could_write(name):
+    tx = optclip.clip_by(getattr(measures, name), 0.3)
+    update, state = tx.update(GRADS[0], tx.init(PARAMS))
+    sizes = oracles.MEASURES[name](GRADS[0])
+    assert_close(state.stats.sizes, jax.tree.map(np.float32, sizes), rtol=1e-6)
+    assert float(state.stats.limits) == np.float32(0.3)
+    wide = jax.tree.broadcast(sizes, GRADS[0])
+    assert_close(update, jax.tree.map(lambda g, s: oracles.rescale(g, s, 0.3), GRADS[0], wide), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("measure", "rule"), list(itertools.product(MEASURES, ["fixed", "ratio", "history"])))
+def test_every_rule_works_at_every_scope(measure, rule):
+    how = getattr(measures, measure)
+    rules = {"fixed": 0.3, "ratio": thresholds.param_ratio(0.1, how), "history": thresholds.ema_ratio(1.2, warmup=1)}
+    tx = optclip.clip_by(how, rules[rule])
+    state = tx.init(PARAMS)
+    update, after = tx.update(GRADS[0], state, PARAMS)
+    assert avals(after) == avals(state) and avals(update) == avals(GRADS[0]) and finite(update)
+
+
+_sizes = st.floats(0, 2.0**100, width=32)
+_limits = st.floats(2.0**-40, 2.0**100, width=32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=_sizes, limit=_limits)
+def test_responses_bound_the_size_and_never_turn_the_direction(size, limit):
+    unit = np.array([0.6, -0.8], np.float32)
+    size, limit = np.float32(size), np.float32(limit)
+    update = unit * size
+    want = {
+        "rescale": min(size, limit),
+        "smooth": size / (1 + np.float64(size) / limit),
+        "normalize": limit if size else 0.0,
+        "zero": size if size <= limit else 0.0,
+    }
+    for name, target in want.items():
+        got = getattr(responses, name)(*map(jnp.asarray, (update, size, limit)))
+        np.testing.assert_allclose(got, unit * np.float64(target), rtol=2e-6, atol=1e-37, err_msg=name)
+
+
+@pytest.mark.parametrize("response", ["rescale", "smooth", "normalize", "zero", "clamp"])
+def test_a_limit_of_infinity_only_measures_and_has_a_derivative(response):
+    tx = optclip.clip_by(measures.global_norm, jnp.inf, getattr(responses, response))
+    slope = jax.grad(lambda g: jnp.sum(tx.update(g, tx.init(g))[0]))(jnp.array([3.0, 4.0]))
+    np.testing.assert_array_equal(slope, [1, 1])
+
+
+@pytest.mark.parametrize("response", ["rescale", "smooth", "normalize", "zero"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_size_or_a_limit_that_is_no_number_is_loud(response, bad):
+    respond = getattr(responses, response)
+    assert np.all(np.isnan(respond(jnp.ones(2), jnp.float32(bad), jnp.float32(1))))
+    assert np.all(np.isnan(respond(jnp.ones(2), jnp.float32(1), jnp.float32(np.nan))))
+
+
+def test_the_derivative_of_a_clip_is_that_of_its_formula():
+    grad = {"a": jnp.array([3.0, -1.0]), "b": jnp.array([2.0])}
+    tx = optclip.clip_by_global_norm(1.0)
+    got = jax.jacobian(lambda g: tx.update(g, tx.init(g))[0])(grad)
+    formula = lambda g: jax.tree.map(lambda x: x / jnp.sqrt(sum(jnp.sum(y**2) for y in jax.tree.leaves(g))), g)
+    assert_close(got, jax.jacobian(formula)(grad), rtol=1e-5)
+
+
+def test_without_a_record_the_state_is_the_memory_alone():
+    tx = optclip.clip_by(measures.leaf_norm, 0.3, record=False)
+    assert tx.init(PARAMS) == optclip.ClipState((), None)
+
+
+def test_sizes_per_leaf_are_no_parameters_for_optax():
+    for tx in (
+        optclip.clip_by_leaf_norm(0.3),
+        optclip.clip_by_group_norm({"dense": 0.5, "head": 0.1}),
+        optclip.clip_by(measures.unit_norm, thresholds.ema_ratio(1.2)),
+        optclip.clip_by(partial(measures.leaf_norm, stack_axis={"dense": 0, "head": None}), 0.3),
+    ):
+        marked = optax.tree.map_params(tx, lambda x: "touched", tx.init(PARAMS), transform_non_params=lambda x: "kept")
+        assert "touched" not in jax.tree.leaves(marked)
+
+
+def test_bad_thresholds_are_named():
+    with pytest.raises(ValueError, match=r"clip_by\(threshold=-1.0\): threshold must be > 0"):
+        optclip.clip_by(measures.global_norm, -1.0)
+    with pytest.raises(TypeError, match=r"clip_by\(threshold='a'\): threshold must be > 0, got str"):
+        optclip.clip_by(measures.global_norm, "a")

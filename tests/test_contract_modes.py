@@ -1,0 +1,52 @@
+"""The contract, item 10: strict promotion and ranks, x64, NaN and leak checks, no hidden transfers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from tests.cases import GRADS, PARAMS
+from tests.harness import assert_close, avals, each_case, halves, standard_run, total
+
+
+@each_case
+def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
+    mixed = lambda tree: {**halves(tree), "full": tree["dense"]}
+    grads, params = mixed(GRADS[0]), mixed(PARAMS)
+    strict = jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise")
+    with strict[0], strict[1], jax.checking_leaks(), jax.debug_nans(True):
+        tx = case.make()
+        state = tx.init(params)
+
+        def step(grads):
+            update, after = tx.update(grads, state, params)
+            return total(update), (update, after)
+
+        slope, (update, after) = jax.grad(step, has_aux=True)(jax.tree.map(jnp.asarray, grads))
+    assert avals(update) == avals(grads)
+    assert avals(slope) == avals(grads)
+    assert avals(after) == avals(state)
+
+
+@each_case
+def test_under_x64_float32_stays_float32(case):
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        tx = case.make()
+        for dtype in (np.float32, np.float64):
+            grads, params = ({**tree, "head": jax.tree.map(dtype, tree["head"])} for tree in (GRADS[0], PARAMS))
+            state = tx.init(params)
+            update, after = tx.update(grads, state, params)
+            assert avals(update) == avals(grads)
+            assert avals(after) == avals(state)
+            if dtype is np.float32:
+                assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+
+
+@each_case
+def test_a_compiled_step_moves_nothing_between_host_and_device(case):
+    tx = case.make()
+    step = jax.jit(tx.update)
+    grad, params = jax.device_put((GRADS[0], PARAMS))
+    state = jax.device_put(tx.init(PARAMS))
+    with jax.transfer_guard("disallow"):
+        update, _ = step(grad, state, params)
+    assert_close(update, standard_run(case)[0][0], rtol=2e-6)
