@@ -1,7 +1,8 @@
 """Values that cross the border of a ``vmap`` or of a loop, and the sum over examples at the end.
 
-Inside, a factor is the array of one example (of one step). Outside it has one more axis; the label of that axis is put in
-front. Values that do not depend on the example (the step) are not carried across: they are the same on both sides.
+Inside, a factor is the array of one example (of one step). Outside it has one more axis; the label of that axis is
+put in front. Values that do not depend on the example (the step) are not carried across: they are the same on both
+sides.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], 
     """The arrays that must cross a border, and how to put the values together on the other side.
 
     ``outside`` maps the id of an array that is known on the other side to what it is there. The second result takes the
-    arrays that crossed, all of them stacked, and the label of the new axis (None: no axis was added); arrays come back as
-    `Lifted`.
+    arrays that crossed, all of them stacked, and the label of the new axis (None: no axis was added); arrays come
+    back as `Lifted`.
     """
     crossing: list[Any] = []
     place: dict[int, int] = {}
@@ -88,8 +89,8 @@ def run_batched(
 ) -> tuple[list[Any], int]:
     """Runs a block for all examples at once: what depends on no example once, the rest under ``vmap``.
 
-    ``finish`` is applied, for one example, to the values of all outputs. Its results come back lifted, with the label of
-    the example axis.
+    ``finish`` is applied, for one example, to the values of all outputs. Its results come back lifted, with the label
+    of the example axis.
     """
     env = dict(zip(block.jaxpr.constvars, block.program.consts, strict=True))
     depends = block.depends([x.stacked for x in inputs])
@@ -129,7 +130,7 @@ def read_output(block: Block, env: dict, i: int) -> Any:
 
 
 def contract(value: Factored, label: int, coefs: jax.Array, keep: jax.Array | None) -> jax.Array:
-    """``sum_i c_i G_i`` (float32 or wider): the example axis is one more summed label, the coefficient one more product."""
+    """``sum_i c_i G_i``, in float32 or wider: the example axis is one more summed label."""
 
     def total(arrays: tuple[list[Any], jax.Array, jax.Array | None]) -> jax.Array:
         factors, coefs, keep = arrays
@@ -153,7 +154,8 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
     if not arrays:
         weights = Dense(coefs.astype(wide(coefs.dtype)), (label,))
         return dataclasses.replace(term, factors=(*factors, weights))
-    # The coefficient goes into the factor with the first index of the gradient, which the product has to transpose anyway.
+    # The coefficient goes into the factor with the first index of the gradient, which the product has to transpose
+    # anyway.
     i = next((i for i in arrays if set(term.kept[:1]) & set(factors[i].labels)), arrays[0])
     array = factors[i].array
     product = _along(coefs, array).astype(wide(array.dtype)) * array

@@ -1,8 +1,9 @@
 """A program in straight lines, what in it is a gradient and nothing else, and its execution.
 
-`flatten` unfolds calls. `Block` finds the *bound* variables: those whose every use leads, through structural operations,
-to an output named as a gradient. An equation with a bound result is offered to the rules; every other equation, and every
-equation that the rules decline, is executed as it stands. Recognising is therefore never a matter of correctness.
+`flatten` unfolds calls. `Block` finds the *bound* variables: those whose every use leads, through structural
+operations, to an output named as a gradient. An equation with a bound result is offered to the rules; every other
+equation, and every equation that the rules decline, is executed as it stands. Recognising is therefore never a matter
+of correctness.
 """
 
 from __future__ import annotations
@@ -104,7 +105,9 @@ class Block:
             return False
         if use.primitive.name in ("mul", "div"):
             others = [x for x in use.invars if x is not v]
-            return len(others) == 1 and others[0].aval.shape == () and (use.invars[0] is v or use.primitive.name == "mul")
+            return (
+                len(others) == 1 and others[0].aval.shape == () and (use.invars[0] is v or use.primitive.name == "mul")
+            )
         if use.primitive.name == "broadcast_in_dim":
             return _inserts_ones(use)
         if use.primitive.name == "pad":

@@ -75,7 +75,8 @@ def clipped_value_and_grad(
       ``f(*args, example_mask=None, **kwargs) -> ((loss, per_example), grads)``, as
       ``jax.value_and_grad(..., has_aux=True)`` would. ``loss`` is reduced over the examples that count; ``per_example``
       is a `PerExample`; ``grads`` has the structure and dtypes of the differentiated arguments. ``example_mask`` is
-      bool[B], False for padding. Call it under ``jax.jit``. Donation, ``jax.lax.scan`` and ``shard_map`` around it work.
+      bool[B], False for padding. Call it under ``jax.jit``. Donation, ``jax.lax.scan`` and ``shard_map`` around it
+      work.
 
     Guarantees:
       For every input, finite or not, the contribution of an example to the *sum* has norm at most ``max_norm`` (per
@@ -145,7 +146,8 @@ def value_and_norms(
 ) -> Callable[..., tuple[Any, Any]]:
     """Every example's loss and gradient norm, for less than the price of one gradient.
 
-    Use it to find mislabelled, poisoned or hard examples (large norms), to choose ``max_norm``, to watch gradient noise.
+    Use it to find mislabelled, poisoned or hard examples (large norms), to choose ``max_norm``, to watch gradient
+    noise.
 
     Args:
       loss_fn, argnums, batch_argnums, key_argnums, has_aux, keep_batch_dim, microbatch: as in `clipped_value_and_grad`.
@@ -216,7 +218,10 @@ def _summary(
 
 
 def _in_microbatches(
-    step: Callable[[list, jax.Array | None], tuple[list, Any]], call: Call, mask: jax.Array | None, microbatch: int | None
+    step: Callable[[list, jax.Array | None], tuple[list, Any]],
+    call: Call,
+    mask: jax.Array | None,
+    microbatch: int | None,
 ) -> tuple[list, Any]:
     """Adds up the first result of ``step`` over chunks of examples and puts the second, per example, back in order."""
     if microbatch is None or microbatch >= call.size:
@@ -257,5 +262,7 @@ def _check_mask(name: str, mask: Any, size: int) -> jax.Array | None:
         return None
     mask = jnp.asarray(mask)
     if mask.shape != (size,) or mask.dtype != jnp.bool_:
-        raise ValueError(f"{name}: example_mask must be bool of shape ({size},), not {mask.dtype} of shape {mask.shape}")
+        raise ValueError(
+            f"{name}: example_mask must be bool of shape ({size},), not {mask.dtype} of shape {mask.shape}"
+        )
     return mask

@@ -5,8 +5,8 @@ the kernel and whose sum r runs over the many positions of the image::
 
     G[b, o, y] = sum_{i, r} x[b, i, y * stride + r * dilation] g[o, i, r]
 
-Seen from position y of the kernel, x is a strided slice of itself: a *piece*. All pieces together are the patches, and G is
-the matrix product of patches and cotangent. Groups, of either kind, are blocks of it.
+Seen from position y of the kernel, x is a strided slice of itself: a *piece*. All pieces together are the patches,
+and G is the matrix product of patches and cotangent. Groups, of either kind, are blocks of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from optclip.per_example._terms import Axis, Dense, Factored, Term, einsum, new_
 
 __all__ = ["convolution"]
 
-_MOST_POSITIONS = 64  # of a kernel; with more the patches are out of proportion, and the equation is executed as it stands
+_MOST_POSITIONS = (
+    64  # of a kernel; with more the patches are out of proportion, and the equation is executed as it stands
+)
 
 
 class _Geometry(NamedTuple):
@@ -86,7 +88,10 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
     if out.size <= x.size + g.size:
         order = (group_f, group_b, o, *window, b)
         array = jax.lax.platform_dependent(
-            x, g, cpu=functools.partial(_by_example, geometry, order), default=functools.partial(_by_position, geometry, order)
+            x,
+            g,
+            cpu=functools.partial(_by_example, geometry, order),
+            default=functools.partial(_by_position, geometry, order),
         )
         term = Term((Dense(array, order),), tuple(axes), p["precision"], rule="direct")
     else:

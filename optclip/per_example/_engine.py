@@ -1,8 +1,9 @@
 """The two passes.
 
-First pass: the gradient of one example is traced, and run under ``vmap`` with gradients left as factors; what comes out is,
-per parameter leaf, the squared norm and whatever its weighted sum will need. Between the passes the norms become
-coefficients. Second pass: one contraction over examples and positions per leaf, and a second run of checkpoint regions.
+First pass: the gradient of one example is traced, and run under ``vmap`` with gradients left as factors; what comes
+out is, per parameter leaf, the squared norm and whatever its weighted sum will need. Between the passes the norms
+become coefficients. Second pass: one contraction over examples and positions per leaf, and a second run of checkpoint
+regions.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optclip.per_example._again import rerun
 from optclip.per_example._batch import Lifted, contract, run_batched
 from optclip.per_example._block import Block, flatten
 from optclip.per_example._front import Call
 from optclip.per_example._jax import bind
 from optclip.per_example._limits import Weights
 from optclip.per_example._norms import Cost
-from optclip.per_example._regions import Again, Regions, measure, rerun
+from optclip.per_example._regions import Again, Regions, measure
 from optclip.per_example._terms import Factored, Rerun
 
 __all__ = ["clip", "measure_norms", "price"]

@@ -72,13 +72,14 @@ def explain(
     * ``one-hot``: rows of a table, found by comparing ids
     * ``joint``: a parameter used more than once; all cross terms
     * ``..., in a loop``: measured inside a checkpoint region's loop, which runs a second time for the gradient
-    * ``as it stands (primitive)``: not recognised; the gradient is formed per example. Usual, and cheap, for biases and scales; for a
+    * ``as it stands (primitive)``: not recognised; the gradient is formed per example. Usual, and cheap, for biases
+    and scales; for a
       large leaf it is the thing to look at. Exact all the same.
     * ``zero``: the loss does not depend on the leaf
 
     Args: ``norms_only`` asks about `value_and_norms` instead; the others as in `clipped_value_and_grad`.
 
-    Returns: ``f(*args, **kwargs) -> Explained``, to be called with arrays or ``jax.ShapeDtypeStruct``'s concrete equals.
+    Returns: ``f(*args, **kwargs) -> Explained``.
 
     >>> import jax.numpy as jnp
     >>> def loss_fn(params, x):
@@ -123,10 +124,11 @@ def check(
     """Whether the loss of a batch is the mean, or the sum, of the losses of its examples. Run it once, before training.
 
     Per-example clipping sees one example at a time. A loss that couples examples (batch normalisation in training
-    mode, contrastive losses, in-batch negatives, a division by the number of tokens in the batch) is a different function
-    then. Randomness that differs between examples couples them too: switch dropout off for this.
+    mode, contrastive losses, in-batch negatives, a division by the number of tokens in the batch) is a different
+    function then. Randomness that differs between examples couples them too: switch dropout off for this.
 
-    Returns: ``f(*args, **kwargs) -> Checked``, for at least two examples, with the batch axis kept (``keep_batch_dim``).
+    Returns: ``f(*args, **kwargs) -> Checked``, for at least two examples, with the batch axis kept
+    (``keep_batch_dim``).
 
     Raises: ValueError if examples are coupled, or if norms disagree with ``vmap(grad)`` by more than ``tolerance``
     (relative; loosen it for bfloat16).
@@ -152,10 +154,10 @@ def check(
         reduction, loss_error, grad_error = next((row for row in found if fits(row)), found[0])
         if not fits((reduction, loss_error, grad_error)):
             raise ValueError(
-                "check: the loss couples examples: on the whole batch it is neither the mean nor the sum of the losses of "
-                f"its examples (relative difference from the mean: loss {loss_error:.1e}, gradient {grad_error:.1e}). "
-                "Usual reasons: batch normalisation in training mode, contrastive losses, a division by a count over "
-                "the batch, dropout"
+                "check: the loss couples examples: on the whole batch it is neither the mean nor the sum of the losses "
+                f"of its examples (relative difference from the mean: loss {loss_error:.1e}, gradient "
+                f"{grad_error:.1e}). Usual reasons: batch normalisation in training mode, contrastive losses, a "
+                "division by a count over the batch, dropout"
             )
         few = [x[:4] for x in call.examples]
         norm_error = _relative(_engine.measure_norms(call, few)[2], _reference.measure_norms(call, few)[2])

@@ -7,14 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.sharding import AxisType
 
 from optclip._mesh import varying_axes
 
 __all__ = [
-    "REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "is_remat", "placed_as", "row_types",
-    "sum_over_shards", "vary_as", "zeros",
+    "REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "is_remat", "placed_as",
+    "row_types", "sum_over_shards", "vary_as", "zeros",
 ]  # fmt: skip
 
 

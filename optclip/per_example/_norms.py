@@ -26,7 +26,16 @@ import jax.numpy as jnp
 
 from optclip.per_example._structure import regroup
 from optclip.per_example._terms import (
-    Axis, Dense, Factored, OneHot, Term, dense, einsum, materialize_term, new_label, wide,
+    Axis,
+    Dense,
+    Factored,
+    OneHot,
+    Term,
+    dense,
+    einsum,
+    materialize_term,
+    new_label,
+    wide,
 )  # fmt: skip
 
 __all__ = ["Cost", "densify", "inner", "is_direct", "squared_norm"]
@@ -223,7 +232,7 @@ def _take(hot: OneHot, table: Dense) -> Dense:
     own = [x for x in hot.labels if x not in shared]
     array = jnp.transpose(table.array, [table.labels.index(x) for x in (*shared, hot.row, *rest)])
     ids = jnp.transpose(hot.array, [hot.labels.index(x) for x in (*shared, *own)])
-    take = lambda table, ids: jnp.take(table, ids, axis=0, mode="clip")  # noqa: E731
+    take = lambda table, ids: jnp.take(table, ids, axis=0, mode="clip")
     for _ in shared:
         take = jax.vmap(take)
     return Dense(take(array, ids), (*shared, *own, *rest))

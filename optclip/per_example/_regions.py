@@ -1,7 +1,7 @@
 """Control flow: programs inside equations. Their gradients are found inside, and either carried out or found again.
 
-*Carried out* (book-keeping): the factors leave a loop with the loop axis as one more label, an index for a stack of layers,
-a summed label for a weight that all steps share. No second backward pass, at the memory of the cotangents.
+*Carried out* (book-keeping): the factors leave a loop with the loop axis as one more label, an index for a stack of
+layers, a summed label for a weight that all steps share. No second backward pass, at the memory of the cotangents.
 
 *Found again*: only the squared norm leaves. When the coefficients are known the region runs a second time and sums over
 the examples inside. That is for checkpoint regions, whose whole point is not to hold their activations.
@@ -16,16 +16,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip.per_example._batch import Lifted, as_factored, contract, pack, read_output, run_batched
+from optclip.per_example._batch import Lifted, as_factored, pack, read_output
 from optclip.per_example._block import Block, Region, barrier, evaluate, flatten
 from optclip.per_example._jax import REMAT, ClosedJaxpr, JaxprEqn, Var, called, is_remat, zeros
 from optclip.per_example._norms import Cost, densify, is_direct, squared_norm
 from optclip.per_example._terms import Axis, Dense, Factored, Rerun, Term, dense, materialize, new_label
 
-__all__ = ["Regions", "rerun"]
+__all__ = ["Again", "Regions", "Scan", "measure"]
 
 
-class _Scan:
+class Scan:
     """A scan equation taken apart. ``sums`` are carries that are only added to and that are gradients."""
 
     def __init__(self, eqn: JaxprEqn, wanted: Sequence[int]) -> None:
@@ -51,8 +51,10 @@ class _Scan:
 
 
 def _counts(eqn: JaxprEqn, body: ClosedJaxpr) -> tuple[int, int]:
-    """Numbers of constants and carries: what is not scanned has one shape inside and outside. (Parameters that say so vary
-    with the version of jax.)"""
+    """Numbers of constants and carries: what is not scanned has the same rank inside and outside.
+
+    There are parameters that say so, but they vary with the version of jax.
+    """
     same = lambda outer, inner: sum(len(a.aval.shape) == len(b.aval.shape) for a, b in zip(outer, inner, strict=True))
     carries = same(eqn.outvars, body.jaxpr.outvars)
     return same(eqn.invars, body.jaxpr.invars) - carries, carries
@@ -76,15 +78,15 @@ class Again:
     """A region to run a second time: its equation, taken apart, and its inputs."""
 
     eqn: JaxprEqn
-    body: Any  # _Scan, or Block for a checkpoint region
+    body: Any  # Scan, or Block for a checkpoint region
     values: list[Any]
 
 
 class Regions:
     """The rules for regions in the first pass (under ``vmap``).
 
-    ``norms_only``: nobody will ask for the sum, so the norm is all that ever leaves. ``again`` collects, at the top level,
-    the regions that must run a second time; nested regions carry their factors out.
+    ``norms_only``: nobody will ask for the sum, so the norm is all that ever leaves. ``again`` collects, at the top
+    level, the regions that must run a second time; nested regions carry their factors out.
     """
 
     def __init__(self, norms_only: bool, again: list[Again] | None) -> None:
@@ -124,7 +126,7 @@ class Regions:
         return out
 
     def cond(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
-        """One conditional per branch, of which the other arm is zero: terms of different branches need not look alike."""
+        """One conditional per branch, with zeros as the other arm: terms of different branches need not look alike."""
         wanted = _wanted(block, eqn)
         index, *operands = values
         plain = [i for i in range(len(eqn.outvars)) if i not in wanted]
@@ -157,7 +159,7 @@ class Regions:
 
     def scan(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         wanted = _wanted(block, eqn)
-        body = _Scan(eqn, wanted)
+        body = Scan(eqn, wanted)
         has_remat = _contains_remat(eqn)
         norms = [i for i in body.stacks if self._norm_leaves(block, eqn, i, has_remat)]
         carried = [i for i in (*body.sums, *body.stacks) if i not in norms]
@@ -223,7 +225,7 @@ def _eqns(param: Any) -> list[JaxprEqn]:
 
 
 def _leaving(value: Any, stacked: bool) -> Factored:
-    """The layers of a stack are independent, so a small gradient can leave the loop as it is; a shared weight's cannot."""
+    """What goes out of a region. Layers of a stack are independent: where a gradient is small it goes instead."""
     value = as_factored(value)
     return densify(value) if stacked and value.terms and is_direct(value) else value
 
@@ -234,57 +236,3 @@ def _with_loop(term: Term, label: int, length: int, stacked: bool) -> Term:
         factors = (*factors, Dense(jnp.ones(length, jnp.float32), (label,)))
     axes = (Axis((label,)), *term.axes) if stacked else term.axes
     return dataclasses.replace(term, factors=factors, axes=axes)
-
-
-def rerun(
-    again: Again, values: list[Lifted], coefs: dict[int, jax.Array], keep: jax.Array | None
-) -> dict[int, jax.Array]:
-    """Runs a region again, for all examples, and returns the weighted sums of the outputs ``coefs`` names."""
-    nested = Regions(False, None).rules
-    outputs = list(coefs)
-    if isinstance(again.body, Block):
-        # With the coefficients behind the same barrier the recomputation waits for them and is not merged with the first.
-        arrays, coefs = jax.lax.optimization_barrier(([v.array for v in values], coefs))
-        values = [Lifted(a, v.stacked) for a, v in zip(arrays, values, strict=True)]
-        got, label = run_batched(again.body, values, nested, lambda out: [as_factored(out[i]) for i in outputs])
-        return {i: contract(v, label, coefs[i], keep) for i, v in zip(outputs, got, strict=True)}
-
-    body: _Scan = again.body
-    size = next(v.array.shape[0] for v in values if v.stacked)
-    consts, init, xs = body.split(values)
-    flags = _moving_flags(body, [v.stacked for v in consts], [v.stacked for v in init], [v.stacked for v in xs])
-    start = [_stacked(init[i], flags[i], size) for i in body.moving]
-    rows = [jnp.moveaxis(v.array, 0, 1) if v.stacked else v.array for v in xs]
-
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        by_index = {i: Lifted(c, flags[i]) for i, c in zip(body.moving, carry, strict=True)}
-        carries = [by_index.get(i, Lifted(c, False)) for i, c in enumerate(body.carry_in(carry))]
-        inputs = [*consts, *carries, *(Lifted(a, v.stacked) for a, v in zip(x, xs, strict=True))]
-        got, label = run_batched(
-            body.block, inputs, nested,
-            lambda out: [materialize(out[i]) for i in body.moving] + [as_factored(out[i]) for i in outputs],
-        )  # fmt: skip
-        split = len(body.moving)
-        moving = [_stacked(v, flags[i], size) for v, i in zip(got[:split], body.moving, strict=True)]
-        return moving, [contract(v, label, coefs[i], keep) for v, i in zip(got[split:], outputs, strict=True)]
-
-    _, sums = jax.lax.scan(step, start, rows, body.length, body.reverse, body.unroll)
-    return dict(zip(outputs, sums, strict=True))
-
-
-def _moving_flags(body: _Scan, consts: list[bool], init: list[bool], xs: list[bool]) -> list[bool]:
-    """Which carries depend on the example, once the loop has gone round."""
-    flags = [flag and i in body.moving for i, flag in enumerate(init)]
-    while True:
-        depends = body.block.depends([*consts, *flags, *xs])
-        outs = body.block.jaxpr.outvars[: body.carries]
-        new = [f or (i in body.moving and isinstance(v, Var) and v in depends) for i, (f, v) in enumerate(zip(flags, outs, strict=True))]
-        if new == flags:
-            return flags
-        flags = new
-
-
-def _stacked(value: Lifted, wanted: bool, size: int) -> jax.Array:
-    if wanted and not value.stacked:
-        return jnp.broadcast_to(value.array, (size, *jnp.shape(value.array)))
-    return value.array

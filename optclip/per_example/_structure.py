@@ -143,7 +143,7 @@ def cut(term: Term, starts: Sequence[int], limits: Sequence[int], strides: Seque
 
 
 def _along(term: Term, label: int, function: Callable[[Any, int], Any]) -> Term | None:
-    """Applies ``function(array, axis)`` to every factor that holds ``label``; the label is renewed, its size changes."""
+    """Applies ``function(array, axis)`` to every factor that holds ``label``, and renews it: its size may change."""
     fresh, factors = new_label(), []
     for f in term.factors:
         if isinstance(f, OneHot) and f.row == label:
@@ -177,7 +177,9 @@ def _rev(eqn: JaxprEqn, value: Factored) -> Outputs:
 def _pad(eqn: JaxprEqn, value: Factored, _: Any) -> Outputs:
     """Zeros around a gradient are its place in a larger one. Needs a literal zero, no negative and no inner padding."""
     config, padding = eqn.params["padding_config"], eqn.invars[1]
-    if not (isinstance(padding, Literal) and padding.val == 0) or any(lo < 0 or hi < 0 or inner for lo, hi, inner in config):
+    if not (isinstance(padding, Literal) and padding.val == 0) or any(
+        lo < 0 or hi < 0 or inner for lo, hi, inner in config
+    ):
         return None
 
     def rule(term: Term) -> Term:

@@ -72,7 +72,11 @@ def test_rules_at_the_edges(rule):
 
 
 def test_limits_per_group_and_per_leaf():
-    for limit in ({"head": 0.5, "body": 0.1}, jax.tree.map(lambda _: 0.2, PARAMS), {"head": {"w": 0.5, "b": 0.1}, "body": 2.0}):
+    for limit in (
+        {"head": 0.5, "body": 0.1},
+        jax.tree.map(lambda _: 0.2, PARAMS),
+        {"head": {"w": 0.5, "b": 0.1}, "body": 2.0},
+    ):
         (_, seen), grads = pe.clipped_value_and_grad(loss_fn, limit)(PARAMS, BATCH)
         groups, tree = jax.tree.flatten(limit)
         parts = tree.flatten_up_to(GRADS)
@@ -96,7 +100,7 @@ def test_limit_is_traced_and_follows_a_quantile():
     for _ in range(100):
         limit = step(limit)
     assert len(traces) == 1
-    assert np.sum(NORMS <= limit) in (3, 4)
+    assert np.sum(limit >= NORMS) in (3, 4)
 
 
 def test_example_mask_leaves_padding_out():

@@ -51,7 +51,14 @@ def test_jit_with_a_sharded_batch():
 
 def test_sharded_parameters():
     here = mesh(AxisType.Auto)
-    params = jax.device_put(PARAMS, {"in": NamedSharding(here, P(None, "data")), "bias": NamedSharding(here, P()), "stack": NamedSharding(here, P(None, "data"))})
+    params = jax.device_put(
+        PARAMS,
+        {
+            "in": NamedSharding(here, P(None, "data")),
+            "bias": NamedSharding(here, P()),
+            "stack": NamedSharding(here, P(None, "data")),
+        },
+    )
     (_, seen), grads = jax.jit(f)(params, jax.device_put(BATCH, NamedSharding(here, P("data"))))
     assert oracle.distance([grads, seen.norms], [GRADS, SEEN.norms]) < 1e-5
 
@@ -59,7 +66,10 @@ def test_sharded_parameters():
 def test_explicit_axes():
     here = mesh(AxisType.Explicit)
     with jax.set_mesh(here):
-        params, batch = jax.device_put(PARAMS, NamedSharding(here, P())), jax.device_put(BATCH, NamedSharding(here, P("data")))
+        params, batch = (
+            jax.device_put(PARAMS, NamedSharding(here, P())),
+            jax.device_put(BATCH, NamedSharding(here, P("data"))),
+        )
         (_, seen), grads = jax.jit(f)(params, batch)
     assert oracle.distance([grads, seen.norms], [GRADS, SEEN.norms]) < 1e-5
 

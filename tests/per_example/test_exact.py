@@ -38,7 +38,9 @@ def test_float64(name, x64):
     compare(*zoo.build(name, seed=0), norm_tolerance)
 
 
-@pytest.mark.parametrize("name", ["mlp", "attention", "tied_embedding", "recurrent", "scanned_checkpoints", "convolution"])
+@pytest.mark.parametrize(
+    "name", ["mlp", "attention", "tied_embedding", "recurrent", "scanned_checkpoints", "convolution"]
+)
 def test_float32(name):
     compare(*zoo.build(name, seed=1, dtype=jnp.float32), 1e-5)
 

@@ -17,7 +17,9 @@ def cross_entropy(logits, ids):
     return jnp.mean(jax.nn.logsumexp(logits, -1) - jnp.take_along_axis(logits, ids[..., None], -1)[..., 0])
 
 
-@pytest.mark.parametrize("scan, remat, tied", [(False, False, False), (True, True, True), (True, False, False), (False, True, True)])
+@pytest.mark.parametrize(
+    "scan, remat, tied", [(False, False, False), (True, True, True), (True, False, False), (False, True, True)]
+)
 def test_linen_transformer(scan, remat, tied):
     import flax.linen as nn
 
@@ -65,7 +67,9 @@ def test_linen_convolutions_and_dropout():
     def loss(p, x, key):
         return jnp.mean(model.apply(p, x, True, rngs={"dropout": key}) ** 2)
 
-    (_, seen), _ = pe.clipped_value_and_grad(loss, 1.0, key_argnums=2)(params, IMAGES[:1].repeat(4, 0), jax.random.key(0))
+    (_, seen), _ = pe.clipped_value_and_grad(loss, 1.0, key_argnums=2)(
+        params, IMAGES[:1].repeat(4, 0), jax.random.key(0)
+    )
     assert len(np.unique(seen.losses)) == 4  # the same image, four masks
 
 

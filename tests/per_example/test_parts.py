@@ -1,6 +1,5 @@
 """The pieces: products between terms, single equations at random shapes, what `explain` says."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -39,7 +38,9 @@ def draw_term(random, kind, shape):
 
 @settings(max_examples=3, **QUICK)
 @given(seed=st.integers(0, 10**6))
-@pytest.mark.parametrize("kinds", [("dense", "dense"), ("dense", "rows"), ("rows", "rows"), ("array", "rows"), ("array", "dense")])
+@pytest.mark.parametrize(
+    "kinds", [("dense", "dense"), ("dense", "rows"), ("rows", "rows"), ("array", "rows"), ("array", "dense")]
+)
 def test_inner_products(kinds, x64, seed):
     random = np.random.RandomState(seed)
     shape = [random.randint(1, 5) for _ in range(3)]

@@ -164,7 +164,11 @@ def weight_decay_in_the_loss(a, ids, n):
 def masked_weights(a, ids, n):
     d, k = n(2, 9), n(8, 16)
     mask = a(d, k) > 0
-    return lambda p, x: mean_square(x @ jnp.where(mask, p["w"], 0) + x @ (p["v"] * mask)), {"w": a(d, k), "v": a(d, k)}, a(3, d)
+    return (
+        lambda p, x: mean_square(x @ jnp.where(mask, p["w"], 0) + x @ (p["v"] * mask)),
+        {"w": a(d, k), "v": a(d, k)},
+        a(3, d),
+    )
 
 
 @case
@@ -413,7 +417,11 @@ def custom_rules(a, ids, n):
 
     act.defjvp(lambda primals, tangents: (jnp.tanh(primals[0]), 2 * tangents[0]))
     d, k = n(2, 6), n(4, 20)
-    return lambda p, x: mean_square(act(linear(act(linear(x, p["w"])), p["v"]))), {"w": a(d, k), "v": a(k, k)}, a(3, 2, d)
+    return (
+        lambda p, x: mean_square(act(linear(act(linear(x, p["w"])), p["v"]))),
+        {"w": a(d, k), "v": a(k, k)},
+        a(3, 2, d),
+    )
 
 
 # Convolutions
@@ -441,7 +449,9 @@ def wide_convolution(a, ids, n):
     g, o = n(1, 2), n(40, 60)
 
     def loss(p, x):
-        y = lax.conv_general_dilated(x, p["w"], (2, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"), feature_group_count=g)
+        y = lax.conv_general_dilated(
+            x, p["w"], (2, 1), "SAME", dimension_numbers=("NCHW", "OIHW", "NCHW"), feature_group_count=g
+        )
         return mean_square(jnp.sin(y))
 
     return loss, {"w": a(g * o, 4, 3, 3)}, a(2, g * 4, n(2, 4), n(1, 3))
