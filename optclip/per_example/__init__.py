@@ -38,12 +38,11 @@ multiply is kept, as a sum over positions t of products of an activation and a c
 Transposes, reshapes, slices and the like on the way to the parameter move indices (`_structure`); a parameter used
 several times has a sum of such terms. Two things are wanted of G_i, and neither needs a gradient per example::
 
-    |G_i|^2     = sum_ts <x_it, x_is> <g_it, g_is>    if G_i is larger than its factors; otherwise G_i is formed
-    (`_norms`) sum_i c_i G_i = sum_it (c_i x_it) (x) g_it        one product, as in an ordinary gradient
-    (`_batch.contract`)
+    |G_i|^2       = sum_ts <x_it, x_is> <g_it, g_is>    if G_i is larger than its factors, else G_i is formed
+    sum_i c_i G_i = sum_it (c_i x_it) (x) g_it          one product, as in an ordinary gradient
 
-So there are two passes (`_engine`), of which the second is only these products: there is no second backward pass.
-Loops, conditionals and checkpoint regions are programs inside equations; their factors are carried out of them, or, for
+(`_norms`, `_batch.contract`.) So there are two passes (`_engine`), of which the second is only these products: there is
+no second backward pass. Loops, conditionals and checkpoint regions are programs inside equations; their factors are carried out of them, or, for
 checkpoint regions, which exist in order not to hold such things, the region runs again (`_regions`, `_again`).
 
 Everything not recognised is executed as it stands, under ``vmap``: exact, at the price of one gradient per example for
@@ -52,8 +51,8 @@ that leaf. Recognition makes a result cheap and never makes it right, so nothing
 * values: `_terms`; crossing a ``vmap`` or a loop: `_batch`
 * equations that make gradients: `_gradients`, `_convolution` (one function and one row each)
 * the program, what in it is a gradient, its execution: `_block`; versions of jax: `_jax`
-* what the caller sees: `_front`, `_limits`, `_rules`, `_clipping`, `_explain`; the definition, to compare with:
-`_reference`
+* what the caller sees: `_front`, `_limits`, `_rules`, `_clipping`, `_explain`
+* the definition, to compare with: `_reference`
 
 Goodfellow, Efficient per-example gradient computations, 2015 (arXiv 1510.01799); Li et al., Large language models can
 be strong differentially private learners, ICLR 2022 (arXiv 2110.05679); Bu et al., Differentially private
