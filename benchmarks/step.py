@@ -1,7 +1,7 @@
 """What does a clipper add to a real training step, in time, in compile time and in memory?
 
-A transformer, a convolutional and a recurrent network of Flax, with adamw, one jitted step with donated state; each with
-every clipper and without.
+A transformer, a convolutional and a recurrent network of Flax, with adamw, one jitted step with donated state; each
+with every clipper and without.
 
 Typical answer on a CPU: nothing that can be told from the noise.
 
