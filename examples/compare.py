@@ -123,7 +123,7 @@ def make_apply(tx: Any) -> Callable[..., Any]:
         clipped = optclip.summary(state).get("clip/clipped_fraction", jnp.asarray(jnp.nan))
         return optax.apply_updates(params, updates), state, clipped
 
-    return jax.jit(jax.vmap(apply), donate_argnums=(0, 1, 2))
+    return jax.jit(jax.vmap(apply), donate_argnums=(1, 2))
 
 
 def cost(tx: Any, params: Any, repeats: int = 50) -> float:
@@ -145,7 +145,7 @@ def cost(tx: Any, params: Any, repeats: int = 50) -> float:
 
 def spikes(losses: np.ndarray) -> tuple[int, float, int]:
     """How many spikes a run had, the highest, and the steps they lasted."""
-    above = losses - np.minimum.accumulate(losses)
+    above = losses - np.fmin.accumulate(losses)
     inside = ~(above <= SPIKE)  # a loss that is NaN is lost as well
     count = int(np.sum(inside & ~np.concatenate([[False], inside[:-1]])))
     return count, float(np.max(np.nan_to_num(above, nan=np.inf))) if count else 0.0, int(inside.sum())
@@ -172,7 +172,8 @@ def train(name: str, starts: Any, learn: Callable[..., Any], data: Any, bar: Any
     return {
         "clipper": name, "final_loss": float(curves[:, -20:].mean()), "spikes": float(np.mean(counts)),
         "highest_spike": float(np.max(heights)), "steps_lost": float(np.mean(lost)),
-        "clip_rate": float(np.mean(clipped)), "cost_ms": cost(clip, jax.tree.map(lambda x: x[0], starts)),
+        "clip_rate": None if np.isnan(clipped).any() else float(np.mean(clipped)),
+        "cost_ms": cost(clip, jax.tree.map(lambda x: x[0], starts)),
         "losses": curves.round(3).tolist(),
     }  # fmt: skip
 
@@ -181,7 +182,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown table."""
     lines = ["| clipper | final loss | spikes | highest | steps lost | clipped | cost per step |", "|" + "---|" * 7]
     for r in rows:
-        rate = "-" if np.isnan(r["clip_rate"]) else f"{r['clip_rate']:.1%}"
+        rate = "-" if r["clip_rate"] is None else f"{r['clip_rate']:.1%}"
         lines.append(
             f"| {r['clipper']} | {r['final_loss']:.3f} | {r['spikes']:.1f} | {r['highest_spike']:.2f} | "
             f"{r['steps_lost']:.0f} | {rate} | {r['cost_ms']:.2f} ms |"

@@ -30,6 +30,8 @@ RULES = {
     "norm_growth_limiter": (2, lambda: optclip.norm_growth_limiter()),
     "adaclip": (np.inf, lambda: optclip.adaclip()),
     "ema_ratio": (2, lambda: optclip.clip_by(measures.leaf_norm, thresholds.ema_ratio(2.0))),
+    "order_statistic": (2, lambda: optclip.percentile_clipping()),
+    "quantile_tracker": (2, lambda: optclip.clip_by_quantile(measure=measures.leaf_norm)),
     "zscore": (2, lambda: optclip.zclip(measure=measures.leaf_norm)),
 }  # fmt: skip
 
