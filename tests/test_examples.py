@@ -26,3 +26,20 @@ def test_advise(tmp_path):
     said = run("advise.py", "--steps", "60", "--out", str(tmp_path))
     assert all(x in said for x in ("Gradient norm over 60 steps", "Suggestion: optclip.", "Trained from the same start"))
     assert (tmp_path / "advise.png").stat().st_size > 20_000
+
+
+def test_noisy_labels(tmp_path):
+    said = run("noisy_labels.py", "--epochs", "3", "--seeds", "1", "--out", str(tmp_path))
+    assert "ordinary gradient" in said and "per-example clip" in said
+    assert (tmp_path / "noisy_labels.png").stat().st_size > 20_000
+
+
+def test_dp_sgd():
+    rows = run("dp_sgd.py", "--epochs", "8", "--noise", "0", "8").splitlines()
+    quiet, loud = (float(row.split()[1]) for row in rows[1:3])
+    assert quiet > 0.8 > loud and "sampling rate 0.1, 80 steps" in rows[3]
+
+
+def test_sharded():
+    said = run("sharded.py", "--steps", "12")
+    assert "norm on 4 devices" in said and "steps skipped: 1 and 1" in said and "the numbers are the same" in said
