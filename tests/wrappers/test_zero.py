@@ -35,7 +35,7 @@ def test_against_numpy(rows):
 
 
 def test_complex_integers_and_float0():
-    parts = jnp.array([1, jnp.nan, 1, jnp.inf]), jnp.array([1, 1, -jnp.inf, -jnp.inf])
+    parts = jnp.array([1, jnp.nan, 1, jnp.inf]), jnp.array([1, jnp.inf, -jnp.inf, -jnp.inf])
     g = {"c": jax.lax.complex(*parts), "n": jnp.arange(2),
          "f": np.zeros(2, jax.dtypes.float0), "none": None}  # fmt: skip
     out, state = zero_nonfinite().update(g, zero_nonfinite().init(g))
