@@ -42,8 +42,9 @@ several times has a sum of such terms. Two things are wanted of G_i, and neither
     sum_i c_i G_i = sum_it (c_i x_it) (x) g_it          one product, as in an ordinary gradient
 
 (`_norms`, `_batch.contract`.) So there are two passes (`_engine`), of which the second is only these products: there is
-no second backward pass. Loops, conditionals and checkpoint regions are programs inside equations; their factors are carried out of them, or, for
-checkpoint regions, which exist in order not to hold such things, the region runs again (`_regions`, `_again`).
+no second backward pass. Loops, conditionals and checkpoint regions are programs inside equations; their factors are
+carried out of them, or, for checkpoint regions, which exist in order not to hold such things, the region runs again
+(`_regions`, `_again`).
 
 Everything not recognised is executed as it stands, under ``vmap``: exact, at the price of one gradient per example for
 that leaf. Recognition makes a result cheap and never makes it right, so nothing depends on a list of layers.

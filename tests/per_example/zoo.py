@@ -345,11 +345,32 @@ def recurrent_embedding(a, ids, n):
 
 
 @case
-def started_sum(a, ids, n):
-    """The weight of a loop is used before it too."""
+def used_before_the_loop_too(a, ids, n):
     i, h = n(1, 9), n(2, 8)
     loss = _recurrent(_cell)
     return lambda p, x: loss(p, x) + mean_square(x @ p["w"]), {"u": a(h, h), "w": a(i, h), "b": a(h)}, a(2, 3, i)
+
+
+@case
+def sum_that_does_not_start_at_zero(a, ids, n):
+    @jax.custom_vjp
+    def linear(x, w):
+        return x @ w
+
+    def backward(saved, g):
+        x, w = saved
+        add = lambda total, xg: (total + jnp.einsum("bd,bk->dk", *xg), None)
+        start = jnp.einsum("bd,bk->dk", x[:, 0], g[:, 0])
+        rest = jnp.swapaxes(x[:, 1:], 0, 1), jnp.swapaxes(g[:, 1:], 0, 1)
+        return g @ w.T, lax.scan(add, start, rest)[0]
+
+    linear.defvjp(lambda x, w: (x @ w, (x, w)), backward)
+    d, k = n(2, 6), n(4, 20)
+    return (
+        lambda p, x: mean_square(linear(jnp.tanh(linear(x, p["w"])), p["v"])),
+        {"w": a(d, k), "v": a(k, d)},
+        a(3, 4, d),
+    )
 
 
 @case
