@@ -31,10 +31,10 @@ class Pair:
         return cls(*children)
 
 
-def step(case, grads):
+def step(case, grads, compiled=True):
     tx = case.make()
     state = tx.init(grads)
-    update, after = tx.update(grads, state, grads)
+    update, after = (jax.jit(tx.update) if compiled else tx.update)(grads, state, grads)
     assert avals(after) == avals(state)
     return update
 
@@ -50,7 +50,7 @@ def test_leaves_without_a_gradient_pass_untouched_and_count_for_nothing(case):
         "no": {},
         "number": 7,
     }
-    update = step(case, {"x": BARE, "y": others})
+    update = step(case, {"x": BARE, "y": others}, compiled=False)
     for name, other in others.items():
         assert type(update["y"][name]) is type(other) or isinstance(update["y"][name], jax.Array), name
         if name not in ("none", "masked", "no"):
@@ -67,7 +67,7 @@ def test_floats_of_every_kind_keep_shape_and_type(case):
     update = step(case, grads)
     assert avals(update) == avals(grads)
     assert finite(update)
-    plain = step(case, {"w": BARE, "number": 2.0})
+    plain = step(case, {"w": BARE, "number": 2.0}, compiled=False)
     assert plain["number"].weak_type and plain["number"].dtype == jnp.float32, "a Python float stays a weak float"
 
 
@@ -87,7 +87,7 @@ def test_complex_leaves_work_or_raise_one_clear_error(case):
 
 @each_case
 def test_the_empty_tree_and_a_single_array_work(case):
-    for nothing in ({}, [], None, {"a": None, "b": {}}, {"a": optax.MaskedNode()}):
+    for nothing in ({}, None, {"a": optax.MaskedNode(), "b": None}):
         assert jax.tree.structure(step(case, nothing)) == jax.tree.structure(nothing)
     one = BARE["b"]
     assert avals(step(case, one)) == avals(one)
@@ -130,20 +130,20 @@ def test_keys_pass():
 @cases(needs_params=True)
 def test_missing_parameters_are_named(case):
     tx = case.make()
-    with pytest.raises(ValueError, match=f"{case.public} needs the parameters, because .*update\\(updates, state, params"):
+    with pytest.raises(ValueError, match=rf"{case.public} needs the parameters, because .*update\(updates, state, par"):
         tx.update(GRADS[0], tx.init(PARAMS))
 
 
 @cases(needs_params=False, wrapper=False)
 def test_parameters_are_not_needed(case):
     tx = case.make()
-    assert_close(tx.update(GRADS[0], tx.init(PARAMS))[0], standard_run(case)[0][0], rtol=2e-6)
+    assert_close(jax.jit(tx.update)(GRADS[0], tx.init(PARAMS))[0], standard_run(case)[0][0], rtol=2e-6)
 
 
 @each_case
 def test_unknown_extra_arguments_are_accepted(case):
     tx = case.make()
-    update, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS, value=jnp.float32(1), grad=GRADS[0], anything=3)
+    update, _ = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS, value=jnp.float32(1), grad=GRADS[0], anything=3)
     assert_close(update, standard_run(case)[0][0], rtol=2e-6)
 
 

@@ -21,7 +21,7 @@ def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
             update, after = tx.update(grads, state, params)
             return total(update), (update, after)
 
-        slope, (update, after) = jax.grad(step, has_aux=True)(jax.tree.map(jnp.asarray, grads))
+        slope, (update, after) = jax.jit(jax.grad(step, has_aux=True))(jax.tree.map(jnp.asarray, grads))
     assert avals(update) == avals(grads)
     assert avals(slope) == avals(grads)
     assert avals(after) == avals(state)
@@ -34,7 +34,7 @@ def test_under_x64_float32_stays_float32(case):
         for dtype in (np.float32, np.float64):
             grads, params = ({**tree, "head": jax.tree.map(dtype, tree["head"])} for tree in (GRADS[0], PARAMS))
             state = tx.init(params)
-            update, after = tx.update(grads, state, params)
+            update, after = jax.jit(tx.update)(grads, state, params)
             assert avals(update) == avals(grads)
             assert avals(after) == avals(state)
             if dtype is np.float32:

@@ -14,22 +14,16 @@ import pytest
 import optclip
 from optclip.stats import recorded
 from tests.cases import CASES, GRADS, PARAMS
-from tests.harness import assert_bits, assert_close, avals, cases, each_case, finite, limit_value, standard_run
+from tests.harness import assert_bits, assert_close, avals, cases, each_case, finite, limit_value, run, standard_run
 
 MASK = {"dense": True, "head": False}
 
 
 def two_steps(tx, grads=GRADS[:2]):
-    """Two eager updates; the state must keep its types."""
-    state = tx.init(PARAMS)
-    out = []
-    for grad in grads:
-        update, after = tx.update(grad, state, PARAMS)
-        assert avals(after) == avals(state)
-        assert avals(update) == avals(grad)
-        out.append(update)
-        state = after
-    return out, state
+    """Two updates; the state must keep its types."""
+    updates, states = run(tx, grads)
+    assert avals(states[-1]) == avals(tx.init(PARAMS))
+    return updates, states[-1]
 
 
 @each_case
@@ -58,13 +52,9 @@ def test_masks_groups_and_conditions(case):
 
 
 def two_steps_of_dense(case):
-    tx = case.make()
     only = lambda tree: {"dense": tree["dense"]}
-    state, out = tx.init(only(PARAMS)), []
-    for grad in GRADS[:2]:
-        update, state = tx.update(only(grad), state, only(PARAMS))
-        out.append(update["dense"])
-    return out, state
+    updates, states = run(case.make(), map(only, GRADS[:2]), only(PARAMS))
+    return [update["dense"] for update in updates], states[-1]
 
 
 @each_case
