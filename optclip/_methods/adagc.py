@@ -143,9 +143,10 @@ def adagc(
       wakes. A NaN or an infinity makes the updates of its own leaf NaN.
 
     Departures: zeros are left out, and a warm-up that took in a freak tiny gradient (or, through the global clip, a
-      spike elsewhere) is repeated when patience runs out; on leaves that are never zero or far off, the trajectory is the paper's. ``patience=None`` gives the paper's rule
-      throughout, which keeps a leaf at zero once its average is. The authors' PyTorch code has defaults 1.04 and 0.99
-      and adds 1e-6 to the norm. Paddle's has 101 warm-up steps and takes the minimum of the raw norms.
+      spike elsewhere) is repeated when patience runs out; on leaves that are never zero or far off, the trajectory is
+      the paper's. ``patience=None`` gives the paper's rule throughout, which keeps a leaf at zero once its average is.
+      The authors' PyTorch code has defaults 1.04 and 0.99 and adds 1e-6 to the norm. Paddle's has 101 warm-up steps and
+      takes the minimum of the raw norms.
 
     References: Wang et al., "AdaGC: Improving Training Stability for LLM Pretraining", arXiv:2502.11034, Algorithm 1.
 

@@ -65,7 +65,7 @@ def memory(state: Any) -> Any:
 
 
 def by_leaf(make: Callable[[], Callable[[np.ndarray], np.ndarray]]) -> Callable[[Any], Any]:
-    """An oracle with a memory of its own for each leaf; a leaf that is not finite becomes NaN and is not shown to it."""
+    """An oracle with a memory of its own for each leaf; one that is not finite becomes NaN and is not shown to it."""
     memories: dict[str, Callable[[np.ndarray], np.ndarray]] = {}
 
     def step(grads: Any) -> Any:

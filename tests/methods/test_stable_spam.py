@@ -90,7 +90,7 @@ def test_adaclip_accepts_a_new_level():
 
 def test_adaclip_leaves_elements_within_alone():
     grads = gradients.healthy()
-    updates, state = gradients.run(optclip.adaclip(0.9), grads)
+    updates, _ = gradients.run(optclip.adaclip(0.9), grads)
     same = updates["b"] == grads["b"]
     pressed = ~same.all(1)
     assert pressed.any() and np.mean(same[pressed]) > 0.3
@@ -105,6 +105,17 @@ def test_one_huge_gradient_does_not_throttle(method):
     np.testing.assert_array_equal(mended[:140], paper[:140])
     assert np.all(paper[150:] < 1e-4)
     assert np.all(np.abs(mended[180:] - 1) < 0.02)
+
+
+def test_a_fall_of_the_level():
+    """To a third it is the paper's business; to a tenth, a thousand of its steps would be short."""
+
+    def run(level, **kwargs):
+        sizes = np.append(np.ones(300), np.full(200, level)).astype(np.float32)
+        return norms.run(optclip.gradient_stabilizer(debias=True, **kwargs), sizes)[0]
+
+    np.testing.assert_allclose(run(0.4), run(0.4, patience=None), rtol=1e-6)
+    assert run(0.1)[-90:] == pytest.approx(1, rel=1e-2) and np.all(run(0.1, patience=None)[310:] < 0.2)
 
 
 def test_an_idle_leaf_wakes_unharmed():
