@@ -9,7 +9,11 @@ front of the same AdamW.
 A spike is a stretch of steps during which the loss on held-out text is more than 0.1 above the lowest so far; its
 height is by how much; the steps it lasts are lost. Numbers are means over the seeds.
 
-Typical answer: see docs/compare.json and docs/compare.png, made by this script at its default size.
+Typical answer: without a clipper a third of the steps is lost, and the run ends at 2.60 nats, for the spikes linger in
+Adam's second moment. A limit on the norm of the tree or of each leaf, fixed or adaptive, ends between 2.02 and 2.05 (of
+one seed: read no rank into the last digit). The well-chosen fixed 1.0 is not beaten; what the adaptive ones save is the
+choice. AGC ends at 2.12. Clipping single elements is not enough (`clip` 2.39, `spam_clip` 2.50). The numbers are in
+docs/compare.json, the curves in docs/compare.png.
 
     python examples/compare.py                 # 13 runs, at most 8 minutes on 2 cores
     python examples/compare.py --steps 100     # a first look
@@ -174,7 +178,7 @@ def train(name: str, starts: Any, learn: Callable[..., Any], data: Any, bar: Any
         "highest_spike": float(np.max(heights)), "steps_lost": float(np.mean(lost)),
         "clip_rate": None if np.isnan(clipped).any() else float(np.mean(clipped)),
         "cost_ms": cost(clip, jax.tree.map(lambda x: x[0], starts)),
-        "losses": curves.round(3).tolist(),
+        "losses": np.round(curves.astype(float), 3).tolist(),
     }  # fmt: skip
 
 
@@ -212,7 +216,7 @@ def picture(result: dict[str, Any], path: pathlib.Path) -> None:
         panel.plot(losses, color="#0072b2", lw=1.4)
         panel.set_title(row["clipper"], fontsize=10, loc="left")
         note = f"final {row['final_loss']:.3f}\n{row['steps_lost']:.0f} steps lost"
-        panel.text(0.97, 0.95, note, transform=panel.transAxes, ha="right", va="top", fontsize=9)
+        panel.text(0.97, 0.95, note, transform=panel.transAxes, ha="right", va="top", backgroundcolor="white")
         panel.spines[["top", "right"]].set_visible(False)
         panel.set_ylim(low - 0.1, low + 2.6)
     for panel in panels[-1]:
