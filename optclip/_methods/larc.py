@@ -66,8 +66,7 @@ def larc_clip(
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         _checks.check_params("larc_clip", params, "its limit is relative to their norm")
         norms, weights = measure(updates), measure(params)
-        decay = lambda n, w: jnp.where((n == 0) | (w == 0), 0, weight_decay).astype(n.dtype)
-        decays = jax.tree.map(decay, norms, weights)
+        decays = jax.tree.map(lambda n: jnp.where(n == 0, 0, weight_decay).astype(n.dtype), norms)
         sizes = jax.tree.map(lambda n, w, d: n + d * w.astype(n.dtype), norms, weights, decays)
         decayed = jax.tree.map(_add, updates, params, jax.tree.broadcast(decays, updates))
         out, state = clip_by(lambda _: sizes, rule, record=record).update(decayed, state, params, **extra)

@@ -24,6 +24,13 @@ def test_every_step(max_norm, gamma, b1):
     gradients.check(tx, gradients.by_leaf(lambda: oracle(max_norm, gamma, b1)), gradients.eventful())
 
 
+def test_the_first_gradient_is_not_corrected():
+    grads = gradients.healthy(2)
+    got, _ = gradients.run(optclip.mars_clip(np.inf, 0.1, 0.9), grads)
+    np.testing.assert_array_equal(got["a"][0], grads["a"][0])
+    assert not np.allclose(got["a"][1], grads["a"][1])
+
+
 def test_without_correction_it_is_the_leaf_clip():
     got, _ = gradients.run(optclip.mars_clip(gamma=0.0), gradients.healthy(20))
     want, _ = gradients.run(optclip.clip_by_leaf_norm(1.0), gradients.healthy(20))
