@@ -88,6 +88,8 @@ def test_complex_leaves_work_or_raise_one_clear_error(case):
 @each_case
 def test_the_empty_tree_and_a_single_array_work(case):
     for nothing in ({}, None, {"a": optax.MaskedNode(), "b": None}):
+        if nothing is None and case.needs_params:
+            continue  # not to be told from parameters that were left out
         assert jax.tree.structure(step(case, nothing)) == jax.tree.structure(nothing)
     one = BARE["b"]
     assert avals(step(case, one)) == avals(one)
