@@ -1,21 +1,20 @@
 """The cellar: norms that are right for every finite gradient, in every dtype, on every mesh.
 
-Sums are formed in float32 (float64 where a leaf is). A sum of squares leaves the range of float32 for values beyond
-about 1e19 or below 1e-19 although the norm does not; such a sum is noticed after the fact, from its size alone, and
-only then measured again, divided by the largest magnitude. The ordinary gradient pays for one pass.
+Sums are formed in float32 (float64 where a leaf is). `_squares` has the Euclidean norm, which is nearly all there is;
+the others are here, and the derivatives of all.
 """
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.extend.core import primitives
 
-from optclip import _mesh
+from optclip import _mesh, _squares
+from optclip._squares import Plan
 
 
 def is_gradient(leaf: Any) -> bool:
@@ -33,7 +32,7 @@ def accumulator(*leaves: Any) -> Any:
 
 
 def widen(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype``, or in the complex dtype of its precision. Explicit, for float8 does not promote on its own."""
+    """``x`` in ``dtype``, or in the complex dtype of its precision. Explicit, for float8 does not promote itself."""
     if jnp.iscomplexobj(x):
         dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
     return x.astype(dtype)
@@ -56,14 +55,6 @@ def over(x: jax.Array, largest: jax.Array) -> jax.Array:
     return (x * half) / (largest * half)
 
 
-class Plan(NamedTuple):
-    """How leaves make sizes; hashable, so that the derivative rule can carry it."""
-
-    dims: tuple[tuple[int, ...] | None, ...]  # per leaf: the axes to reduce with keepdims, or None for all
-    group: tuple[int, ...]  # per leaf: the size it counts towards
-    mesh: tuple[tuple[str, ...], ...]  # per leaf: the mesh axes to sum over
-
-
 def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array]:
     """The p-norm of each group of leaves, p = ``ord`` > 0 or infinity.
 
@@ -75,32 +66,26 @@ def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.Array, ...]:
+    return _measured(leaves, ord, plan, jax.default_backend())
+
+
+# Under jit, so that equal shapes are traced once, and a call outside of jit does not compile its loop anew.
+@partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
+def _measured(leaves: tuple[jax.Array, ...], ord: float, plan: Plan, backend: str) -> tuple[jax.Array, ...]:
+    del backend
     dtype = accumulator(*leaves)
+    if ord == 2:
+        return tuple(_squares.norms(leaves, plan, dtype))
+    sizes = [_magnitude(x, dtype) for x in leaves]
+    if ord == 1:
+        return tuple(_reduce(sizes, plan, "sum"))
+    # A maximum from device to device may drop a NaN (also under GSPMD), and never an infinity.
+    largest = _reduce([jnp.where(jnp.isnan(m), jnp.inf, m) for m in sizes], plan, "max")
     if ord == np.inf:
-        # A maximum from device to device may drop a NaN (also under GSPMD), and never an infinity.
-        sizes = [_magnitude(x, dtype) for x in leaves]
-        return tuple(_reduce([jnp.where(jnp.isnan(m), jnp.inf, m) for m in sizes], plan, "max"))
-    sums = _reduce([_power(x, ord, dtype) for x in leaves], plan, "sum")
-    info = jnp.finfo(dtype)
-    # Below `low` what underflowed may matter: up to 2^40 elements of less than tiny each are lost.
-    low, high = float(info.tiny) * 2.0**66, float(info.max) / 4
-    odd = [jnp.any(~((s >= low) & (s <= high))) for s in sums]
-    odd = jnp.any(jnp.stack(odd)) if len(odd) > 1 else odd[0]
-    # Devices that meet in `again` must enter it together. Scalars that crossed the mesh agree, sizes of units may not.
-    meet = () if all(d is None for d in plan.dims) else {a for names in plan.mesh for a in names}
-    odd = _mesh.agree(odd, (*_mesh.varying_axes(odd), *meet))
-
-    def again(leaves: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        largest = _reduce([_magnitude(x, dtype) for x in leaves], plan, "max")
-        safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
-        near = [over(_magnitude(x, dtype), safe[g]) for x, g in zip(leaves, plan.group, strict=True)]
-        parts = [_power(x, ord, dtype) for x in near]
-        unit = _reduce(parts, plan, "sum")
-        return tuple(
-            jnp.where(jnp.isfinite(m), m * _root(s, ord), m) for m, s in zip(largest, unit, strict=True)
-        )
-
-    return lax.cond(odd, again, lambda _: tuple(_root(s, ord) for s in sums), leaves)
+        return tuple(largest)
+    safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
+    powers = _reduce([over(m, safe[g]) ** ord for m, g in zip(sizes, plan.group, strict=True)], plan, "sum")
+    return tuple(jnp.where(jnp.isfinite(m), m * s ** (1 / ord), m) for m, s in zip(largest, powers, strict=True))
 
 
 @_norms.defjvp
@@ -129,20 +114,6 @@ def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
 
 def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.abs(x).astype(dtype) if jnp.iscomplexobj(x) else jnp.abs(x.astype(dtype))
-
-
-def _power(x: jax.Array, ord: float, dtype: Any) -> jax.Array:
-    """|x|^p elementwise, as the cheapest expression of it."""
-    if ord == 2:
-        if jnp.iscomplexobj(x):
-            return jnp.square(x.real.astype(dtype)) + jnp.square(x.imag.astype(dtype))
-        return jnp.square(x.astype(dtype))
-    x = _magnitude(x, dtype)
-    return x if ord == 1 else x**ord
-
-
-def _root(s: jax.Array, ord: float) -> jax.Array:
-    return jnp.sqrt(s) if ord == 2 else s if ord == 1 else s ** (1 / ord)
 
 
 def _reduce(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
