@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optclip.per_example._structure import regroup
+from optclip.per_example._labels import regroup
 from optclip.per_example._terms import (
     Axis,
     Dense,

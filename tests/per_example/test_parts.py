@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from optclip import per_example as pe
 from optclip.per_example import _convolution, _norms
-from optclip.per_example._structure import regroup
+from optclip.per_example._labels import regroup
 from optclip.per_example._terms import Axis, Dense, OneHot, Term, materialize_term
 
 from . import zoo
