@@ -10,14 +10,14 @@ from optclip._numerics import over
 
 
 class Window(NamedTuple):
-    """The last values of each size, float32[S + (window,)], in a ring; NaN where none has entered yet."""
+    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered yet."""
 
     values: jax.Array
 
 
 def empty(size: jax.Array, window: int) -> Window:
     """A window without values for each element of ``size``."""
-    return Window(jnp.full(jnp.shape(size) + (window,), jnp.nan, size.dtype))
+    return Window(jnp.full(jnp.shape(size) + (window,), jnp.inf, size.dtype))  # not NaN, for jax_debug_nans
 
 
 def push(value: jax.Array, window: Window, count: jax.Array) -> Window:
@@ -31,7 +31,7 @@ def ranked(window: Window) -> tuple[jax.Array, jax.Array]:
     """The values in rising order, those that are not finite last, and how many are finite."""
     values = window.values
     finite = jnp.isfinite(values)
-    return jnp.sort(jnp.where(finite, values, jnp.nan), axis=-1), jnp.sum(finite, axis=-1, dtype=jnp.int32)
+    return jnp.sort(jnp.where(finite, values, jnp.inf), axis=-1), jnp.sum(finite, axis=-1, dtype=jnp.int32)
 
 
 def at(values: jax.Array, index: jax.Array) -> jax.Array:
@@ -53,11 +53,12 @@ def percentile_of(window: Window, percent: Any) -> jax.Array:
 
 def moments_of(window: Window, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
     """Mean and standard deviation, with n - ddof degrees of freedom; infinity and 0 for an empty window."""
-    values, finite = window.values, jnp.isfinite(window.values)
+    finite = jnp.isfinite(window.values)
+    values = jnp.where(finite, window.values, 0)  # first, for an infinity would be NaN in the derivative
     n = jnp.sum(finite, axis=-1, dtype=values.dtype)
-    largest = jnp.max(jnp.where(finite, values, 0), axis=-1)
+    largest = jnp.max(values, axis=-1)
     largest = jnp.where(largest > 0, largest, 1)  # in units of it nothing overflows, and equal values have no spread
-    unit = jnp.where(finite, over(values, largest[..., None]), 0)
+    unit = over(values, largest[..., None])
     mean = jnp.sum(unit, axis=-1) / jnp.maximum(n, 1)
     square = jnp.sum(jnp.where(finite, jnp.square(unit - mean[..., None]), 0), axis=-1)
     spread = root(square / jnp.maximum(n - ddof, 1))

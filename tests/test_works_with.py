@@ -38,6 +38,7 @@ NO_PLAIN_GRADIENTS = {
     "sophia",  # a Hessian from the loss
     "sam", "mechanize", "schedule_free", "split_real_and_imaginary", "reduce_on_plateau",  # wrap another optimizer
     "noisy_sgd", "optimistic_adam",  # a key; a deprecated name
+    "sm3",  # fails on scalars
 }  # fmt: skip
 
 

@@ -180,7 +180,7 @@ def _start(clipper: optax.GradientTransformationExtraArgs) -> Any:
         def zeros(p: Any) -> jax.Array:
             if not _numerics.is_gradient(p):
                 return jnp.zeros((), jnp.float32)
-            return jnp.zeros_like(p, dtype=jnp.promote_types(jnp.result_type(p), jnp.float32))
+            return _numerics.widen(jnp.zeros_like(p), _numerics.accumulator(p))
 
         return FeedbackState(clipper.init(params), jax.tree.map(zeros, params))
 
