@@ -2,7 +2,7 @@
 
 Networks of Flax at batch sizes 16 to 256: `per_example.clipped_value_and_grad` and `value_and_norms` beside a plain
 ``jax.value_and_grad``, ``vmap(grad)`` with a clip by hand, optax's `per_example_global_norm_clip` and, where it is
-installed, jax_privacy's ``clipped_grad``. "total" is arguments, results and scratch space of the compiled program.
+installed, jax_privacy's ``clipped_grad``. "memory" is arguments, results and scratch space of the compiled program.
 Methods that would write more than 2 GiB of per-example gradients are left out, and named.
 
 Typical answer: see ``results/``; on a CPU, ``vmap(grad)`` costs far more on networks with many parameters per example,
@@ -191,7 +191,7 @@ def measure(model: nn.Module, inputs: jax.Array, rounds: int) -> dict[str, dict[
     base = rows["plain gradient"]
     for name, times in interleave(calls, "plain gradient", rounds).items():
         rows[name] |= times
-        for ratio, of in (("total", "total bytes"), ("temp", "temp bytes"), ("FLOPs", "flops")):
+        for ratio, of in (("memory", "total bytes"), ("temp", "temp bytes"), ("FLOPs", "flops")):
             rows[name][f"{ratio} ratio"] = rows[name][of] / base[of]
         rows[name]["compile ratio"] = (rows[name]["trace s"] + rows[name]["compile s"]) / (
             base["trace s"] + base["compile s"]
@@ -206,7 +206,7 @@ def main() -> None:
         for n in QUICK_BATCHES if args.quick else BATCHES:
             name = f"{title}, batch {n}"
             result[name] = measure(model, inputs(n), args.rounds)
-            show(name, result[name], ["ratio", "ratio 25%", "ratio 75%", "total ratio", "FLOPs ratio", "compile ratio"])
+            show(name, result[name], ["ratio", "ratio 25%", "ratio 75%", "memory ratio", "FLOPs ratio"])
     save("per_example", result, args)
 
 
