@@ -36,7 +36,8 @@ multiply is kept, as a sum over positions t of products of an activation and a c
                                       recurrent weight (t: steps), embedding (x: one-hot rows, held as ids)
 
 Transposes, reshapes, slices and the like on the way to the parameter move indices (`_structure`, `_labels`); a
-parameter used several times has a sum of such terms. Two things are wanted of G_i, and neither needs a gradient per example::
+parameter used several times has a sum of such terms. Two things are wanted of G_i, and neither needs a gradient per
+example::
 
     |G_i|^2       = sum_ts <x_it, x_is> <g_it, g_is>    if G_i is larger than its factors, else G_i is formed
     sum_i c_i G_i = sum_it (c_i x_it) (x) g_it          one product, as in an ordinary gradient
