@@ -1,0 +1,97 @@
+"""What compiled programs cost, from the compiler's own counts: bytes, fusions, collectives, memory. No clocks."""
+
+import re
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import optclip
+
+Shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+
+
+def gpt2(layers: int = 12, d: int = 768, vocabulary: int = 50257) -> dict[str, Any]:
+    """The 148 leaves of GPT-2 124M."""
+    norm = {"scale": Shape((d,)), "bias": Shape((d,))}
+    dense = lambda i, o: {"kernel": Shape((i, o)), "bias": Shape((o,))}
+    block = {"ln_1": norm, "ln_2": norm, "qkv": dense(d, 3 * d), "out": dense(d, d), "up": dense(d, 4 * d)}
+    block["down"] = dense(4 * d, d)
+    return {"wte": Shape((vocabulary, d)), "wpe": Shape((1024, d)), "ln_f": norm} | {
+        f"h{i}": block for i in range(layers)
+    }
+
+
+def small(n: int) -> list[Any]:
+    return [Shape((1000,))] * n
+
+
+def cost(tx: Any, tree: Any) -> dict[str, float]:
+    step = jax.jit(lambda u, s, p: tx.update(u, s, p), donate_argnums=(0, 1))
+    compiled = step.lower(tree, jax.eval_shape(tx.init, tree), tree).compile()
+    analysis = compiled.cost_analysis()
+    return {
+        "bytes": (analysis[0] if isinstance(analysis, list) else analysis)["bytes accessed"],
+        "fusions": len(re.findall(r" fusion\(", compiled.as_text())),
+        "temp": compiled.memory_analysis().temp_size_in_bytes,
+    }
+
+
+def size(tree: Any) -> int:
+    return sum(x.size * 4 for x in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("tree", [gpt2(), gpt2(d=64, vocabulary=1000), small(100)], ids=["gpt2", "narrow", "small"])
+def test_global_norm_costs_no_more_than_optax(tree: Any):
+    ours, theirs = cost(optclip.clip_by_global_norm(1.0), tree), cost(optax.clip_by_global_norm(1.0), tree)
+    assert ours["bytes"] <= theirs["bytes"]
+    assert ours["fusions"] <= 0.6 * theirs["fusions"]
+
+
+def test_no_memory_beside_the_gradient():
+    tree = gpt2(layers=3)
+    for tx in (optclip.clip_by_global_norm(1.0), optclip.clip_by_leaf_norm(1.0), optclip.adaptive_grad_clip(0.01)):
+        assert cost(tx, tree)["temp"] < 0.01 * size(tree)
+
+
+def test_agc_costs_no_more_fusions_than_optax():
+    tree = gpt2()
+    ours, theirs = cost(optclip.adaptive_grad_clip(0.01), tree), cost(optax.adaptive_grad_clip(0.01), tree)
+    assert ours["fusions"] <= theirs["fusions"]
+    assert ours["bytes"] <= 1.005 * theirs["bytes"]  # the check of the range of 84,578 units, twice
+
+
+@pytest.mark.parametrize("tx", [optclip.adagc(), optclip.autoclip(measure=optclip.measures.leaf_norm)])
+def test_per_leaf_rules_cost_no_more_than_the_static_clip(tx: Any):
+    tree = gpt2(layers=2, vocabulary=5000)
+    assert cost(tx, tree)["bytes"] <= 1.1 * cost(optclip.clip_by_leaf_norm(1.0), tree)["bytes"]
+
+
+def test_fusions_grow_with_the_leaves():
+    few, many = (cost(optclip.clip_by_global_norm(1.0), small(n))["fusions"] for n in (20, 120))
+    assert many - few == 100
+
+
+@pytest.mark.parametrize("n", [10, 100])
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=["rows", "columns"])
+def test_one_all_reduce(n: int, spec: PartitionSpec):
+    all_reduces(n, spec)
+
+
+@pytest.mark.slow
+def test_one_all_reduce_for_a_thousand_leaves():
+    all_reduces(1000, PartitionSpec("x"))
+
+
+def all_reduces(n: int, spec: PartitionSpec) -> None:
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    tree = [jax.device_put(jnp.ones((8, 8)), NamedSharding(mesh, spec))] * n
+    tree[0] = jax.device_put(jnp.ones((128, 64)), NamedSharding(mesh, spec))
+    tx = optclip.clip_by_global_norm(1.0)
+    text = jax.jit(tx.update).lower(tree, tx.init(tree)).compile().as_text()
+    assert len(re.findall(r" all-reduce(?:-start)?\(", text)) == 1
+    assert not re.findall(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
