@@ -24,11 +24,14 @@ import optclip
 RESULTS = pathlib.Path(__file__).parent / "results"
 
 
-def arguments(doc: str | None) -> argparse.Namespace:
+def arguments(doc: str | None, **lists: tuple[int, ...]) -> argparse.Namespace:
+    """The command line; each of ``lists`` is one more flag that takes several numbers."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny shapes and few rounds: does it run?")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS)
+    for name, default in lists.items():
+        parser.add_argument(f"--{name}", type=int, nargs="+", default=default)
     args = parser.parse_args()
     if args.quick:
         args.rounds = 2

@@ -200,10 +200,10 @@ def measure(model: nn.Module, inputs: jax.Array, rounds: int) -> dict[str, dict[
 
 
 def main() -> None:
-    args = arguments(__doc__)
+    args = arguments(__doc__, batches=BATCHES)
     result: dict[str, Any] = {}
     for title, (model, inputs) in models(args.quick).items():
-        for n in QUICK_BATCHES if args.quick else BATCHES:
+        for n in QUICK_BATCHES if args.quick else args.batches:
             name = f"{title}, batch {n}"
             result[name] = measure(model, inputs(n), args.rounds)
             show(name, result[name], ["ratio", "ratio 25%", "ratio 75%", "memory ratio", "FLOPs ratio"])

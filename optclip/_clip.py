@@ -7,6 +7,7 @@
 Sizes and limits are prefix trees of the updates; their depth is the scope.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -107,14 +108,19 @@ def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> 
     """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
 
     def one(update: Any, size: Any, limit: Any) -> Any:
-        if not _numerics.is_gradient(update):
-            return update
-        dtype = _numerics.accumulator(update, size, limit)
-        update, size, limit = (jnp.asarray(x) for x in (update, size, limit))
-        wide = _numerics.widen(update, dtype)
-        return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
+        return _respond(response, update, size, limit) if _numerics.is_gradient(update) else update
 
     return jax.tree.map(one, updates, _spread("sizes", sizes, updates), _spread("limits", limits, updates))
+
+
+# Inlined, it leaves no mark in the program, but leaves of one shape are traced once: tracing the clip of GPT-2's 148
+# leaves takes 0.16 s instead of 0.26 s.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _respond(response: Response, update: Any, size: Any, limit: Any) -> Any:
+    dtype = _numerics.accumulator(update, size, limit)
+    update, size, limit = (jnp.asarray(x) for x in (update, size, limit))
+    wide = _numerics.widen(update, dtype)
+    return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
 
 
 def _spread(name: str, prefix: Any, updates: Updates) -> Any:

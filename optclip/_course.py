@@ -35,7 +35,7 @@ def start() -> Course:
 def walk(course: Course, norm: jax.Array) -> Course:
     course = select(course.step == STRETCHES * course.stride, _halve(course), course)
     enters = jnp.isfinite(norm) & (norm > 0)
-    here = (jnp.arange(STRETCHES) == course.step // course.stride) & enters
+    here = (jnp.arange(STRETCHES, dtype=jnp.int32) == course.step // course.stride) & enters
     count = course.count + here.astype(jnp.int32)
     gain = (jnp.log2(jnp.where(enters, norm, 1)) - course.level) / jnp.maximum(count, 1).astype(jnp.float32)
     return Course(course.step + 1, course.stride, course.level + jnp.where(here, gain, 0), count)

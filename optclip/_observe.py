@@ -30,10 +30,6 @@ class Recent(NamedTuple):
     clipped: jax.Array
 
 
-class Row(NamedTuple):
-    """Marks a size in `ObserveState.names`. It holds nothing: the names are in the structure alone."""
-
-
 class ObserveState(NamedTuple):
     """What `observe` saw; n is the number of sizes.
 
@@ -44,7 +40,7 @@ class ObserveState(NamedTuple):
       peak: float32[n], the shares at the largest finite norm.
       course: the level of the norm over the run.
       recent: the last steps, or None without ``history``.
-      names: the tree of the sizes without its arrays.
+      names: a tuple of ``{path: ()}`` for each size: the names are in the structure, which holds no arrays.
       inner: the state of the inner transformation.
     """
 
@@ -115,7 +111,8 @@ def observe(
             peak=jnp.zeros(n, jnp.float32),
             course=_course.start(),
             recent=recent if history else None,
-            names=jax.tree.map(lambda s: (Row(),) * s.size if s.ndim else Row(), sizes),
+            # An array where there are no sizes, for by that Optax tells what is no parameter (see `one_at_least`).
+            names=tuple({name: ()} for name in _names(sizes)) or jnp.zeros((), jnp.int32),
             inner=within.init(params),
         )
 
@@ -173,8 +170,15 @@ def find(opt_state: Any) -> ObserveState:
 
 def part_names(state: ObserveState) -> list[str]:
     """The path of each size, in the order of the arrays."""
-    rows = jax.tree.leaves_with_path(state.names, is_leaf=lambda x: isinstance(x, Row))
-    return [path_string(path) or "all" for path, row in rows if isinstance(row, Row)]
+    return [name for row in state.names for name in row] if isinstance(state.names, tuple) else []
+
+
+def _names(sizes: Any) -> list[str]:
+    names = []
+    for path, size in jax.tree.leaves_with_path(sizes):
+        name = path_string(path) or "all"
+        names += [f"{name}/{i}" for i in range(size.size)] if size.ndim else [name]
+    return names
 
 
 def _see(state: ObserveState, norm: jax.Array, parts: jax.Array) -> ObserveState:

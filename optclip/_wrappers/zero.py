@@ -1,5 +1,6 @@
 """Elements that are not finite, one by one to zero."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -78,7 +79,9 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
 def _count(x: jax.Array) -> jax.Array:
     """How many elements are NaN, +inf and -inf: float32[3]."""
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
-    nan, up, down = (sum(test(p) for p in parts) > 0 for test in (jnp.isnan, jnp.isposinf, jnp.isneginf))
+    nan, up, down = (
+        functools.reduce(jnp.logical_or, [test(p) for p in parts]) for test in (jnp.isnan, jnp.isposinf, jnp.isneginf)
+    )
     return jnp.stack([jnp.sum(k, dtype=jnp.float32) for k in (nan, up & ~nan, down & ~up & ~nan)])
 
 
