@@ -27,79 +27,59 @@ def _x(value: Any) -> str:
     return "–" if value is None or value != value else f"{value:.2f}×"
 
 
-def goals(results: dict[str, Any]) -> str:
-    """What was to be reached, what optax does, and what was measured."""
-    floor, leaves = (results[name]["result"] for name in ("floor", "leaves"))
-    alone, behind = floor[GPT2]["standalone"], floor[GPT2]["with adamw"]
-    bf16 = floor["GPT-2 124M, bfloat16"]
-    ours, peer = "optclip clip_by_global_norm", "optax clip_by_global_norm"
-    thousand, gpt2 = leaves["1000 leaves of 1,000"], leaves["GPT-2, 148 leaves"]
-    torch = alone.get("torch clip_grad_norm_ (foreach)")
+OURS, PEER = "optclip clip_by_global_norm", "optax clip_by_global_norm"
+AGC, PEER_AGC = "optclip adaptive_grad_clip", "optax adaptive_grad_clip"
+GOALS = ["what", "to reach", "optclip", "optax"]
 
-    def over(rows: dict[str, Any], a: str, b: str, column: str = "ms") -> float:
-        return rows[a][column] / rows[b][column]
 
-    def growth(a: str, b: str) -> float:
-        return leaves[b][ours]["trace + compile s"] / leaves[a][ours]["trace + compile s"]
+def over(rows: dict[str, Any], a: str, b: str, column: str = "ms") -> str:
+    return _x(rows[a][column] / rows[b][column])
 
+
+def floor(results: dict[str, Any]) -> str:
+    """The clip against its floor and its peers, on the shapes of GPT-2 124M."""
+    result = results["floor"]["result"]
+    alone, behind = result[GPT2]["standalone"], result[GPT2]["with adamw"]
+    bf16 = result["GPT-2 124M, bfloat16"]
+    torch = "torch clip_grad_norm_ (foreach)"
+    step, temp = "clip + adamw, against adamw + one read of the gradient", "temporary memory, of the gradient's size"
     rows = [
+        [step, "≤ 1.05×", _x(behind[f"{OURS} + adamw"]["of floor"]), _x(behind[f"{PEER} + adamw"]["of floor"])],
+        ["standalone global-norm clip, against optax", "≤ 1.0×", over(alone, OURS, PEER), "1"],
+        ["AGC: time", "≤ 0.8×", over(alone, AGC, PEER_AGC), "1"],
+        ["AGC: bytes accessed", "≤ 0.8×", over(alone, AGC, PEER_AGC, "bytes"), "1"],
+        ["speed of the max-norm pass, of the L2 pass", "≥ 0.8×", over(alone, "norm, ord=2", "norm, ord=inf"), "–"],
+        [temp, "< 1 %", f"{alone[OURS]['temp / gradient']:.2%}", f"{alone[PEER]['temp / gradient']:.2%}"],
+        ["bfloat16: standalone clip", "–", over(bf16["standalone"], OURS, PEER), "1"],
+        ["bfloat16: AGC", "–", over(bf16["standalone"], AGC, PEER_AGC), "1"],
         [
-            "clip + adamw, against adamw + one read of the gradient",
-            "≤ 1.05×",
-            _x(behind[f"{ours} + adamw"]["of floor"]),
-            _x(behind[f"{peer} + adamw"]["of floor"]),
-        ],
-        ["standalone global-norm clip, against optax", "≤ 1.0×", _x(alone[ours]["ratio"]), "1"],
-        [
-            "… against torch foreach",
-            "≤ 1.0×",
-            _x(alone[ours]["ms"] / torch["ms"]) if torch else "not measured",
-            _x(alone[peer]["ms"] / torch["ms"]) if torch else "not measured",
-        ],
-        [
-            "1,000 leaves of 1,000 elements: compile",
-            "≤ 0.35×",
-            _x(over(thousand, ours, peer, "trace + compile s")),
-            "1",
-        ],
-        ["1,000 leaves of 1,000 elements: run", "≤ 0.6×", _x(over(thousand, ours, peer)), "1"],
-        [
-            "5,000 leaves against 2,500: compile",
-            "2× (linear)",
-            _x(growth("2500 leaves of 1,000", "5000 leaves of 1,000")),
-            "minutes",
-        ],
-        [
-            "GPT-2's 148 leaves: trace + compile, statistics recorded",
-            "≤ 1.0×",
-            _x(over(gpt2, ours, peer, "trace + compile s")),
-            "1",
-        ],
-        ["AGC: time", "≤ 0.8×", _x(over(alone, "optclip adaptive_grad_clip", "optax adaptive_grad_clip")), "1"],
-        [
-            "AGC: bytes accessed",
-            "≤ 0.8×",
-            _x(over(alone, "optclip adaptive_grad_clip", "optax adaptive_grad_clip", "bytes")),
-            "1",
-        ],
-        ["speed of the max-norm pass, of the L2 pass", "≥ 0.8×", _x(over(alone, "norm, ord=2", "norm, ord=inf")), "–"],
-        [
-            "speed of the bfloat16 norm, of memory",
+            "bfloat16: speed of the norm, of memory",
             "≥ 0.9×",
             _x(bf16["memory"]["read"]["ms"] / bf16["standalone"]["norm, ord=2"]["ms"]),
             "–",
         ],
-        ["AdaGC on 148 leaves, against our global-norm clip", "≤ 1.1×", _x(over(gpt2, "optclip adagc", ours)), "–"],
-        ["AdaGC and AutoClip per leaf on 1,000 leaves", "≤ 1.1×", "not measured: compiles for minutes", "–"],
-        ["AutoClip per leaf on 148 leaves", "≤ 1.1×", _x(over(gpt2, "optclip autoclip per leaf", ours)), "–"],
-        [
-            "temporary memory of the clip, of the gradient's size",
-            "< 1 %",
-            f"{alone[ours]['temp / gradient']:.2%}",
-            f"{alone[peer]['temp / gradient']:.2%}",
-        ],
     ]
-    return table(["what", "to reach", "optclip", "optax"], rows)
+    if torch in alone:
+        rows.insert(2, ["… against torch foreach", "≤ 1.0×", over(alone, OURS, torch), over(alone, PEER, torch)])
+    return table(GOALS, rows)
+
+
+def leaves(results: dict[str, Any]) -> str:
+    """What many leaves cost, and a rule per leaf."""
+    result = results["leaves"]["result"]
+    thousand, gpt2 = result["1000 leaves of 1,000"], result["GPT-2, 148 leaves"]
+    half, whole = (result[f"{n} leaves of 1,000"][OURS]["trace + compile s"] for n in (2500, 5000))
+    both = "trace + compile s"
+    rows = [
+        ["1,000 leaves of 1,000 elements: trace + compile", "≤ 0.35×", over(thousand, OURS, PEER, both), "1"],
+        ["1,000 leaves of 1,000 elements: run", "≤ 0.6×", over(thousand, OURS, PEER), "1"],
+        ["5,000 leaves against 2,500: trace + compile", "2× (linear)", _x(whole / half), "not measured"],
+        ["GPT-2's 148 leaves: trace + compile", "≤ 1.0×", over(gpt2, OURS, PEER, both), "1"],
+        ["AdaGC on 148 leaves, against our global-norm clip", "≤ 1.1×", over(gpt2, "optclip adagc", OURS), "–"],
+        ["AutoClip per leaf on 148 leaves", "≤ 1.1×", over(gpt2, "optclip autoclip per leaf", OURS), "–"],
+        ["AdaGC on 148 leaves: trace + compile", "–", over(gpt2, "optclip adagc", OURS, both), "–"],
+    ]
+    return table(GOALS, rows)
 
 
 def steps(results: dict[str, Any]) -> str:
@@ -129,7 +109,8 @@ def per_example(results: dict[str, Any]) -> str:
 
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], set[str]]] = {  # the table, and the sections it is made of
-    "goals": (goals, {"floor", "leaves"}),
+    "floor": (floor, {"floor"}),
+    "leaves": (leaves, {"leaves"}),
     "steps": (steps, {"step"}),
     "mesh": (mesh, {"mesh"}),
     "per_example": (per_example, {"per_example"}),
@@ -149,14 +130,14 @@ def picture(results: dict[str, Any], path: pathlib.Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), constrained_layout=True)
-    leaves = {k: v for k, v in results["leaves"]["result"].items() if k.endswith("of 1,000")}
-    counts = {title: int(title.split()[0]) for title in leaves}
+    cases = {k: v for k, v in results["leaves"]["result"].items() if k.endswith("of 1,000")}
+    counts = {title: int(title.split()[0]) for title in cases}
     for name, color in {
         "optax clip_by_global_norm": "#d55e00",
         "optclip clip_by_global_norm": "#0072b2",
         "optclip adagc": "#009e73",
     }.items():
-        points = [(counts[t], rows[name]["trace + compile s"]) for t, rows in leaves.items() if name in rows]
+        points = [(counts[t], rows[name]["trace + compile s"]) for t, rows in cases.items() if name in rows]
         left.plot(*zip(*points, strict=True), "o-", color=color, label=name)
     left.set(xscale="log", yscale="log", xlabel="leaves of 1,000 elements", ylabel="trace + compile, seconds")
     left.set_title("Compile time over the number of leaves")
