@@ -28,14 +28,18 @@ class Loop:
         return self.state
 
 
+def one_read(tree):
+    """A program that reads as many bytes as the gradient has, in one array, and the array."""
+    flat = jnp.full(sum(x.size for x in tree), 1e-3, tree[0].dtype)
+    return build(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), flat)[0], flat
+
+
 def reads(tree, rounds):
-    """The speed of memory: one read, and one read and write, of as many bytes as the gradient has, in one array."""
-    n = sum(x.size for x in tree)
-    flat = jnp.full(n, 1e-3, tree[0].dtype)
-    read, _ = build(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), flat)
-    write, _ = build(lambda x: x * 0.999, flat, donate=(0,))
-    loop = Loop(lambda x: write(x), jnp.array(flat))
-    loop.program = lambda x: (write(x),)
+    """The speed of memory: one read, and one read and write."""
+    read, flat = one_read(tree)
+    # A product with 0.999 would be none in bfloat16, and compiled away.
+    write, _ = build(lambda x: (-x,), flat, donate=(0,))
+    loop = Loop(write, jnp.array(flat))
     return interleave({"read": lambda: read(flat), "read and write": loop}, "read", rounds)
 
 
@@ -128,8 +132,7 @@ def with_adamw(shapes, dtype, rounds):
 
         program, compiler[name] = build(step, params, tx.init(params), tree, donate=(0, 1))
         calls[name] = Loop(lambda p, s, program=program: program(p, s, tree), params, tx.init(params))
-    flat = jnp.full(sum(x.size for x in tree), 1e-3, dtype)
-    read, _ = build(lambda x: jnp.sum(jnp.square(x.astype(jnp.float32))), flat)
+    read, flat = one_read(tree)
     calls["one read"] = lambda: read(flat)
     rows = interleave(calls, "adamw", rounds)
     floor = rows["adamw"]["ms"] + rows["one read"]["ms"]
