@@ -16,8 +16,9 @@ import optax
 
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import Threshold, fixed
+from optclip._vectors import apart
 from optclip.measures import Measure, Sizes, Updates
-from optclip.responses import Response, rescale
+from optclip.responses import Response, factors, multiplied, rescale
 
 
 class ClipStats(NamedTuple):
@@ -106,15 +107,53 @@ def one_at_least(sizes: Sizes) -> Sizes:
 
 def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
     """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
+    sizes, limits = _spread("sizes", sizes, updates), _spread("limits", limits, updates)
+    leaves, treedef = jax.tree.flatten(updates)
+    rows = [
+        (i, size, limit)
+        for i, (x, size, limit) in enumerate(zip(leaves, *map(jax.tree.leaves, (sizes, limits)), strict=True))
+        if _numerics.is_gradient(x)
+    ]
+    if hasattr(response, "factor"):
+        made = _factors(response.factor, [(size, limit) for _, size, limit in rows])
+        new = [_multiply(leaves[i], *factors) for (i, _, _), factors in zip(rows, made, strict=True)]
+    else:
+        new = [_respond(response, leaves[i], size, limit) for i, size, limit in rows]
+    for (i, _, _), x in zip(rows, new, strict=True):
+        leaves[i] = x
+    return treedef.unflatten(leaves)
 
-    def one(update: Any, size: Any, limit: Any) -> Any:
-        return _respond(response, update, size, limit) if _numerics.is_gradient(update) else update
 
-    return jax.tree.map(one, updates, _spread("sizes", sizes, updates), _spread("limits", limits, updates))
+def _factors(factor: Any, pairs: list[Any]) -> list[Any]:
+    """The factors of each pair of size and limit. Single numbers are computed together."""
+    alike: dict[Any, dict[Any, Any]] = {}
+    for size, limit in pairs:
+        ids = id(size), id(limit)
+        size, limit = jnp.asarray(size), jnp.asarray(limit)
+        kind: Any = ids
+        if size.size == limit.size == 1:
+            size, limit = (jnp.reshape(x, ()) for x in (size, limit))
+            kind = size.dtype, limit.dtype, _mesh.varying_axes(size), _mesh.varying_axes(limit)
+        alike.setdefault(kind, {})[ids] = size, limit
+    made = {}
+    for found in alike.values():
+        size, limit = (jnp.stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
+        dtype = _numerics.accumulator(size, limit)
+        one = factor(size.astype(dtype), limit.astype(dtype))
+        made |= zip(found, map(factors, apart(one) if len(found) > 1 else [one]), strict=True)
+    return [made[id(size), id(limit)] for size, limit in pairs]
 
 
-# Inlined, it leaves no mark in the program, but leaves of one shape are traced once: tracing the clip of GPT-2's 148
+# Inlined, these leave no mark in the program, but leaves of one shape are traced once: tracing the clip of GPT-2's 148
 # leaves takes 0.16 s instead of 0.26 s.
+@partial(jax.jit, inline=True)
+def _multiply(update: Any, same: jax.Array, first: jax.Array, second: jax.Array) -> Any:
+    update = jnp.asarray(update)
+    dtype = _numerics.accumulator(update, first)
+    wide = multiplied(_numerics.widen(update, dtype), same, first.astype(dtype), second.astype(dtype))
+    return _numerics.cast_like(wide, update)
+
+
 @partial(jax.jit, static_argnums=0, inline=True)
 def _respond(response: Response, update: Any, size: Any, limit: Any) -> Any:
     dtype = _numerics.accumulator(update, size, limit)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
+from optclip._vectors import pack
 
 
 class Threshold(NamedTuple):
@@ -110,23 +111,6 @@ def _split(memory: Any, init: Callable[..., Any], packs: list[jax.Array]) -> lis
     fields = jax.tree.structure(jax.eval_shape(init, packs[0]))
     columns = fields.flatten_up_to(memory)
     return [fields.unflatten(row) for row in zip(*columns, strict=True)]
-
-
-def pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
-    """All scalars as one vector (a single one as it is), the arrays as they are; and the way back."""
-    scalars = [i for i, x in enumerate(leaves) if jnp.ndim(x) == 0]
-    arrays = [i for i, x in enumerate(leaves) if jnp.ndim(x) > 0]
-    head = [jnp.stack([leaves[i] for i in scalars]) if len(scalars) > 1 else leaves[scalars[0]]] if scalars else []
-
-    def unpack(packs: list[jax.Array]) -> list[jax.Array]:
-        out: list[Any] = [None] * len(leaves)
-        for j, i in enumerate(scalars):
-            out[i] = packs[0][j] if len(scalars) > 1 else packs[0]
-        for i, pack in zip(arrays, packs[len(head) :], strict=True):
-            out[i] = pack
-        return out
-
-    return head + [leaves[i] for i in arrays], unpack
 
 
 def select(where: jax.Array, new: Any, old: Any) -> Any:

@@ -54,25 +54,54 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(size), limit, jnp.nan)
 
 
-def _to_size(where: jax.Array, update: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
-    """``update * target / size`` where true, else ``update`` itself, bit for bit.
+def factors(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What `multiplied` takes: whether the factor of `_quotient` is exactly 1, and the two it is made of."""
+    second = jnp.where(factor < 0, jnp.where(factor < -1, 2.0**126, 2.0**-64), 1.0).astype(factor.dtype)
+    return factor == 1, jnp.abs(factor), second
 
-    In two factors, for target / size may leave the range of float32 where the result does not. Where it is not selected
-    the quotient is made harmless: an infinity there would be NaN in the derivative.
+
+def multiplied(update: jax.Array, same: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:
+    """``update`` times both factors; the same to the bit, subnormal numbers included, where that is said."""
+    return jnp.where(same, update, update * second * first)
+
+
+def _quotient(where: jax.Array, size: jax.Array, target: jax.Array) -> jax.Array:
+    """The factor target / size where true, else exactly 1.
+
+    target / size may leave the range of float32 where an update times it does not. Then a second factor is split off,
+    and the first is negative to say so: 2^-64 with a first up to 1, 2^126 with one beyond. So all that the pass over an
+    update reads is one number per size. Where it is not selected the quotient is made harmless: an infinity there would
+    be NaN in the derivative.
     """
     size, target = jnp.where(where, size, 1), jnp.where(where, target, 1)
-    far = jnp.where(size * 2.0**-64 > target, 2.0**-64, jnp.where(target * 2.0**-64 > size, 2.0**64, 1.0))
-    halfway = far.astype(size.dtype)
-    return jnp.where(where, update * halfway * (target / (size * halfway)), update)
+    down, up = size * 2.0**-64 > target, target * 2.0**-64 > size * 2.0**63
+    far = jnp.where(down, 2.0**-64, jnp.where(up, 2.0**126, 1.0)).astype(size.dtype)
+    return jnp.where(down | up, -target, target) / (size * far)
 
 
-def rescale(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+def _scaling(factor: Callable[[jax.Array, jax.Array], jax.Array]) -> Response:
+    """The response that scales by ``factor(size, limit)``, from which many factors can be had at once."""
+
+    def response(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+        return multiplied(update, *factors(factor(size, limit)))
+
+    response.__name__, response.__qualname__, response.__doc__ = factor.__name__, factor.__name__, factor.__doc__
+    response.factor = factor  # pyright: ignore[reportFunctionMemberAccess]
+    return response
+
+
+def _no_more_than(size: jax.Array, limit: jax.Array) -> jax.Array:
+    limit = _loud(size, limit)
+    return _quotient(~(size <= limit), size, limit)
+
+
+@_scaling
+def rescale(size: jax.Array, limit: jax.Array) -> jax.Array:
     """Scales the update down to its limit: u * min(1, limit / size). Unchanged, bit for bit, up to the limit.
 
     Source: Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
     """
-    limit = _loud(size, limit)
-    return _to_size(~(size <= limit), update, size, limit)
+    return _no_more_than(size, limit)
 
 
 def clamp(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -82,14 +111,15 @@ def clamp(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(beyond, jnp.clip(update, -limit, limit), update)  # selected, for min and max flush denormals
 
 
-def smooth(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def smooth(size: jax.Array, limit: jax.Array) -> jax.Array:
     """u * limit / (size + limit): always shorter than the limit, slope 1 at zero, no kink.
 
     Source: the AUTO-S form of Bu et al., "Automatic Clipping", NeurIPS 2023, with gamma = limit.
     """
     limit = _loud(size, limit)
     changed = (size != 0) & (limit != jnp.inf)
-    return _to_size(changed, update, size / 2 + limit / 2, limit / 2)
+    return _quotient(changed, size / 2 + limit / 2, limit / 2)
 
 
 def zero(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -99,13 +129,15 @@ def zero(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(size <= limit, update, jnp.where(known, jnp.zeros_like(update), jnp.nan))
 
 
-def normalize(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def normalize(size: jax.Array, limit: jax.Array) -> jax.Array:
     """Brings every update to its limit, up or down: u * limit / size. Zero stays, and so does all with limit inf."""
     limit = _loud(size, limit)
-    return _to_size((size != 0) & (limit != jnp.inf), update, size, limit)
+    return _quotient((size != 0) & (limit != jnp.inf), size, limit)
 
 
-def square_root(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def square_root(size: jax.Array, limit: jax.Array) -> jax.Array:
     """u / sqrt(1 + (size / limit)^2): shorter than the limit, slope 1 at zero, no kink.
 
     Source: the map of singular values in Jiang, Semenov, Stich, "Spectral Clipping", ICML 2026, for a norm.
@@ -115,25 +147,28 @@ def square_root(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Arr
         low, high = jnp.minimum(x, 1), jnp.maximum(x, 1)
         return jnp.where(x > 1, 1 / jnp.sqrt(1 + jnp.square(1 / high)), low / jnp.sqrt(1 + jnp.square(low)))
 
-    return _soft(update, size, limit, shape)
+    return _soft(size, limit, shape)
 
 
-def tanh(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def tanh(size: jax.Array, limit: jax.Array) -> jax.Array:
     """u * tanh(size / limit) / (size / limit): never longer than the limit, slope 1 at zero, no kink."""
-    return _soft(update, size, limit, jnp.tanh)
+    return _soft(size, limit, jnp.tanh)
 
 
-def arsinh(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def arsinh(size: jax.Array, limit: jax.Array) -> jax.Array:
     """u * arsinh(size / limit) / (size / limit): grows as the logarithm of the size, without bound.
 
     Source: Oikonomidis, Quan, Laude, Patrinos, "Nonlinearly preconditioned gradient methods", ICML 2025.
     """
-    return _soft(update, size, limit, jnp.arcsinh)
+    return _soft(size, limit, jnp.arcsinh)
 
 
-def log1p(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
+@_scaling
+def log1p(size: jax.Array, limit: jax.Array) -> jax.Array:
     """u * log(1 + size / limit) / (size / limit): grows as the logarithm of the size, without bound."""
-    return _soft(update, size, limit, jnp.log1p)
+    return _soft(size, limit, jnp.log1p)
 
 
 def floored(delta: float) -> Response:
@@ -147,8 +182,9 @@ def floored(delta: float) -> Response:
     """
     _checks.check("floored", "delta", delta, lambda x: (x >= 0) & (x <= 1), "in [0, 1]")
 
-    def response(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
-        return rescale(update, size, jnp.maximum(limit, jnp.asarray(delta, size.dtype) * size))
+    @_scaling
+    def response(size: jax.Array, limit: jax.Array) -> jax.Array:
+        return _no_more_than(size, jnp.maximum(limit, jnp.asarray(delta, size.dtype) * size))
 
     return response
 
@@ -159,16 +195,14 @@ def press(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     Source: the AdaClip of Huang et al., "Stable-SPAM", 2025.
     """
     limit = _loud(size, limit)
-    return _to_size(~(jnp.abs(update) <= limit), update, size, limit)
+    return multiplied(update, *factors(_quotient(~(jnp.abs(update) <= limit), size, limit)))
 
 
-def _soft(
-    update: jax.Array, size: jax.Array, limit: jax.Array, shape: Callable[[jax.Array], jax.Array]
-) -> jax.Array:
-    """u * shape(x) / x with x = size / limit, for a shape with slope 1 at 0."""
+def _soft(size: jax.Array, limit: jax.Array, shape: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """The factor shape(x) / x with x = size / limit, for a shape with slope 1 at 0."""
     limit = _loud(size, limit)
     info = jnp.finfo(size.dtype)
     bounded = limit != jnp.inf
     x = jnp.minimum(size / jnp.where(bounded, limit, 1), info.max)
     changed = bounded & ~(x < info.eps**2)  # below, shape(x) is x to the last bit, and limit * shape(x) may underflow
-    return _to_size(changed, update, size, limit * shape(jnp.where(changed, x, 1)))
+    return _quotient(changed, size, limit * shape(jnp.where(changed, x, 1)))

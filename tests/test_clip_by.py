@@ -41,7 +41,8 @@ def test_every_rule_works_at_every_scope(measure, rule):
     assert avals(after) == avals(state) and avals(update) == avals(GRADS[0]) and finite(update)
 
 
-_sizes = st.floats(0, 2.0**100, width=32)
+# A norm is zero or a normal number: XLA:CPU takes subnormal ones for zero.
+_sizes = st.floats(0, 2.0**100, width=32, allow_subnormal=False)
 _limits = st.floats(2.0**-40, 2.0**100, width=32)
 
 

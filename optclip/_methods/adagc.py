@@ -9,7 +9,8 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped
-from optclip._rules import Threshold, pack, per_size, resolve, select
+from optclip._rules import Threshold, per_size, resolve, select
+from optclip._vectors import pack
 from optclip.measures import Measure, global_norm, leaf_norm
 
 _STUCK = 4.0  # a norm so many times its limit is not one that the limit is climbing to
