@@ -35,15 +35,17 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     """
     if jax.default_backend() != "cpu":
         return _split(vector)
-    start = vector, [jnp.uint32(i) for i in range(vector.size)]
+    # A place is a sum of two of these, for a loop that carried a thousand would be slow to compile itself.
+    low, high = ([jnp.uint32(i) for i in places] for places in (range(32), range(0, vector.size, 32)))
     never = lambda carry: (carry[0][0] < 0) & (carry[0][0] >= 0)
-    vector, places = lax.while_loop(never, lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1]), start)
-    return [_number(vector, i) for i in places]
+    turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
+    vector, low, high = lax.while_loop(never, turn, (vector, low, high))
+    return [_number(vector, high[i // 32], low[i % 32]) for i in range(vector.size)]
 
 
 @partial(jax.jit, inline=True)  # traced once
-def _number(vector: jax.Array, place: jax.Array) -> jax.Array:
-    return lax.reshape(lax.dynamic_slice(vector, [place], [1]), ())
+def _number(vector: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+    return lax.reshape(lax.dynamic_slice(vector, [lax.add(high, low)], [1]), ())
 
 
 @apart.defjvp

@@ -9,7 +9,7 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
-from optclip._memories import Window, at, empty, push, ranked
+from optclip._memories import Window, empty, held, push, smallest
 from optclip._rules import Threshold, select
 from optclip.measures import Measure, leaf_norm
 
@@ -56,9 +56,10 @@ def order_statistic(
         return select(count == 0, filled, push(value, inner, count))
 
     def limit(size: jax.Array, inner: Window, count: jax.Array, rank: Any) -> jax.Array:
-        values, n = ranked(feed(size, inner, count))
+        window = feed(size, inner, count)
+        n = held(window)
         place = jnp.minimum(jnp.asarray(rank).astype(jnp.int32), jnp.maximum(n - 1, 0))
-        return jnp.where(n > 0, at(values, place), jnp.inf)
+        return jnp.where(n > 0, smallest(window, place), jnp.inf)
 
     return history(
         init, limit, feed, knob=rank, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,

@@ -10,7 +10,7 @@ import optax
 from optclip import _checks
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
-from optclip._memories import Window, at, empty, push, ranked
+from optclip._memories import Window, empty, held, push, smallest
 from optclip._rules import Threshold, select
 from optclip.measures import Measure, global_norm
 
@@ -72,8 +72,8 @@ def median_ratio(
         started = count > 0
         old = Window(inner.values)
         new = select(started, push(value, old, count), old)
-        order, n = ranked(new)
-        middle = at(order, jnp.minimum(2 * (n // 4), jnp.maximum(n - 1, 0)))
+        n = held(new)
+        middle = smallest(new, jnp.minimum(2 * (n // 4), jnp.maximum(n - 1, 0)))
         first = jnp.any(count[..., None] == early.reshape((1,) * count.ndim + (-1,)), axis=-1)
         drawn = started & (first | (count % window == 0))
         return Median(new.values, jnp.where(drawn, jnp.where(first, 2 * middle, middle), inner.median))
