@@ -153,9 +153,11 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     other = [i for i in range(len(slots)) if i not in set(large)]
 
     def scaled(which: list[int], scale: jax.Array) -> list[jax.Array]:
-        # A scale per array: of a common one XLA would store a broadcast for each shape, 368 MB for GPT-2 124M.
-        each = lax.optimization_barrier([[scale] * len(slots[i].arrays) for i in which])
-        return [_sum(slots[i], dtype, ks) for i, ks in zip(which, each, strict=True)]
+        # A scale per array: of a common one XLA would store a broadcast for each shape, 368 MB for GPT-2 124M. Tied to
+        # the arrays, for else it would widen those of bfloat16 in memory, before the loop.
+        each = lax.optimization_barrier([(slots[i].arrays, [scale] * len(slots[i].arrays)) for i in which])
+        tied = zip(which, each, strict=True)
+        return [_sum(slots[i]._replace(arrays=arrays), dtype, scales) for i, (arrays, scales) in tied]
 
     # By turn: the scale, what it is undone by, and between which norms a norm is kept.
     table = jnp.asarray([[1, 1, 0, high], [far, 1 / far, low, jnp.inf], [1 / far, far, 0, high]], dtype)
