@@ -6,6 +6,7 @@ absolute times are kept for the record and quoted only from a GPU.
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -97,8 +98,15 @@ def device_name() -> str:
     return kind.device_kind.lower().replace("nvidia", "").strip().replace(" ", "-")
 
 
-def save(section: str, result: dict[str, Any], args: argparse.Namespace) -> None:
-    """Puts a section into ``results/<device>.json``, with the machine, the versions and the date."""
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def save(section: str, result: dict[str, Any], args: argparse.Namespace, peers: tuple[str, ...] = ()) -> None:
+    """Puts a section into ``results/<device>.json``, with the machine, the versions (``peers``: more) and the date."""
     args.results.mkdir(parents=True, exist_ok=True)
     path = args.results / f"{device_name()}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
@@ -111,7 +119,8 @@ def save(section: str, result: dict[str, Any], args: argparse.Namespace) -> None
             "jax": jax.__version__,
             "optax": optax.__version__,
             "optclip": optclip.__version__,
-        },
+        }
+        | {name: version(name) for name in peers},
         "rounds": args.rounds,
         "quick": args.quick,
         "result": result,

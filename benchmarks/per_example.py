@@ -3,7 +3,9 @@
 Networks of Flax at batch sizes 16 to 256: `per_example.clipped_value_and_grad` and `value_and_norms` beside a plain
 ``jax.value_and_grad``, ``vmap(grad)`` with a clip by hand, optax's `per_example_global_norm_clip` and, where it is
 installed, jax_privacy's ``clipped_grad``. "memory" is arguments, results and scratch space of the compiled program.
-Methods that would write more than 2 GiB of per-example gradients are left out, and named.
+Methods that would write more than 2 GiB of per-example gradients are left out, and named. Where torch and Opacus are
+installed, "opacus ghost / torch backward" is Opacus's ghost clipping over torch's backward of the same network in
+torch; all other ratios are to JAX's plain gradient.
 
 Typical answer: see ``results/``; on a CPU, ``vmap(grad)`` costs far more on networks with many parameters per example,
 and about as much on small convolutional ones.
@@ -11,8 +13,9 @@ and about as much on small convolutional ones.
     python -m benchmarks.per_example
 """
 
+import importlib
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -132,6 +135,16 @@ def models(quick: bool) -> dict[str, tuple[nn.Module, Callable[[int], jax.Array]
     }
 
 
+@cache
+def peer(module: str) -> Any:
+    """An optional peer, or None: what it lacks is said, once."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        print(f"left out, {error.name} is not installed: {module}")
+        return None
+
+
 def methods(loss_fn: Callable) -> dict[str, Callable]:
     """Each maps (params, batch) to a gradient, or to norms."""
     single = lambda params, example: loss_fn(params, jax.tree.map(lambda x: x[None], example))
@@ -155,12 +168,17 @@ def methods(loss_fn: Callable) -> dict[str, Callable]:
         "vmap(grad)": by_hand,
         "optax": by_optax,
     }
-    try:
-        from jax_privacy.clipping import clipped_grad
-    except ImportError:
+    privacy = peer("jax_privacy.clipping")
+    if privacy is None:
         return out
-    out["jax_privacy"] = clipped_grad(loss_fn, l2_clip_norm=1.0)
-    out["jax_privacy, microbatches of 4"] = clipped_grad(loss_fn, l2_clip_norm=1.0, microbatch_size=4)
+
+    def by_privacy(params, batch, **options):  # it sums, and keeps losses to itself, unless told otherwise
+        n = len(jax.tree.leaves(batch)[0])
+        options |= {"l2_clip_norm": 1.0, "normalize_by": n, "return_values": True}
+        return privacy.clipped_grad(loss_fn, **options)(params, batch)
+
+    out["jax_privacy"] = by_privacy
+    out["jax_privacy, microbatches of 4"] = partial(by_privacy, microbatch_size=4)
     return out
 
 
@@ -202,12 +220,14 @@ def measure(model: nn.Module, inputs: jax.Array, rounds: int) -> dict[str, dict[
 def main() -> None:
     args = arguments(__doc__, batches=BATCHES)
     result: dict[str, Any] = {}
+    torch = peer("benchmarks._torch_per_example")
     for title, (model, inputs) in models(args.quick).items():
         for n in QUICK_BATCHES if args.quick else args.batches:
             name = f"{title}, batch {n}"
             result[name] = measure(model, inputs(n), args.rounds)
+            result[name] |= torch.measure(title, model, inputs(n), args.rounds) if torch else {}
             show(name, result[name], ["ratio", "ratio 25%", "ratio 75%", "memory ratio", "FLOPs ratio"])
-    save("per_example", result, args)
+    save("per_example", result, args, peers=("flax", "jax_privacy", "torch", "opacus"))
 
 
 if __name__ == "__main__":
