@@ -42,7 +42,7 @@ def cost(tx: Any, tree: Any) -> dict[str, float]:
 
 
 def size(tree: Any) -> int:
-    return sum(x.size * 4 for x in jax.tree.leaves(tree))
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 @pytest.mark.parametrize("tree", [gpt2(), gpt2(d=64, vocabulary=1000), small(100)], ids=["gpt2", "narrow", "small"])
@@ -58,11 +58,44 @@ def test_no_memory_beside_the_gradient():
         assert cost(tx, tree)["temp"] < 0.01 * size(tree)
 
 
-def test_agc_costs_no_more_fusions_than_optax():
+@pytest.mark.parametrize("tx", [optclip.clip_by_global_norm(1.0), optclip.adaptive_grad_clip(0.01)])
+def test_bfloat16_is_not_widened_in_memory(tx: Any):
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), gpt2(layers=3))
+    assert cost(tx, tree)["temp"] < 0.01 * size(tree)
+
+
+@pytest.mark.parametrize("tree", [gpt2(), small(300)], ids=["gpt2", "small"])
+def test_the_program_of_a_global_norm_is_shorter_than_optax(tree: Any):
+    """What the compiler is given; its time grows with that."""
+
+    def operations(tx: Any) -> int:
+        lowered = jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree))
+        return len(re.findall(r"stablehlo\.", lowered.as_text()))
+
+    assert operations(optclip.clip_by_global_norm(1.0)) <= operations(optax.clip_by_global_norm(1.0))
+
+
+@pytest.mark.parametrize("tx", [optclip.clip_by_leaf_norm(1.0), optclip.adagc()])
+def test_kernels_of_leaves_are_alike(tx: Any):
+    """The compiler makes equal kernels once; of a hundred that differ in a constant each takes it 10 ms."""
+    tree = small(100)
+    state = jax.eval_shape(tx.init, tree)
+    text = jax.jit(tx.update, donate_argnums=(0, 1)).lower(tree, state).compile().as_text()
+    kernels = [part for part in re.split(r"\n(?=\S)", text) if part.startswith("%fused")]
+    assert len(kernels) > 100 and len(set(map(_without_names, kernels))) < 30
+
+
+def _without_names(kernel: str) -> str:
+    names: dict[str, str] = {}
+    kernel = re.sub(r", metadata=\{[^}]*\}", "", kernel)
+    return re.sub(r"%?[a-zA-Z_][\w\-]*\.[\w.\-]+", lambda m: names.setdefault(m[0].lstrip("%"), f"x{len(names)}"), kernel)
+
+
+def test_agc_costs_no_more_fusions_or_bytes_than_optax():
     tree = gpt2()
     ours, theirs = cost(optclip.adaptive_grad_clip(0.01), tree), cost(optax.adaptive_grad_clip(0.01), tree)
     assert ours["fusions"] <= theirs["fusions"]
-    assert ours["bytes"] <= 1.005 * theirs["bytes"]  # the check of the range of 84,578 units, twice
+    assert ours["bytes"] <= theirs["bytes"]
 
 
 @pytest.mark.parametrize("tx", [optclip.adagc(), optclip.autoclip(measure=optclip.measures.leaf_norm)])
