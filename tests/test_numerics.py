@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optclip import _numerics, measures
+from optclip import _numerics, _vectors, measures
 
 ORDS = (0.5, 1, 2, 3, np.inf)
 BACKENDS = ("cpu", "gpu")  # which of the two programs; both run here
@@ -38,9 +38,9 @@ def test_any_magnitude(scale: float, ord: float, backend: str):
     if ord in (0.5, 1) and scale > 1e30:
         scale = 1e28  # the norm of so many elements must itself be a float32
     tree = draw(scale)
-    assert measures.global_norm(tree, ord) == pytest.approx(norm(list(tree.values()), ord), rel=4e-6)
+    assert measures.global_norm(tree, ord) == pytest.approx(norm(list(tree.values()), ord), rel=4e-6, abs=0)
     for key, size in measures.leaf_norm(tree, ord).items():
-        assert size == pytest.approx(norm([tree[key]], ord), rel=4e-6), key
+        assert size == pytest.approx(norm([tree[key]], ord), rel=4e-6, abs=0), key
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e20, 1e-25])
@@ -58,7 +58,7 @@ def test_any_finite_floats(values: list[float]):
     if not np.isfinite(x).all():
         assert not np.isfinite(got)
     elif expected < 3.3e38:
-        assert got == pytest.approx(expected, rel=1e-6)
+        assert got == pytest.approx(expected, rel=1e-6, abs=0)
 
 
 NORM = jax.jit(measures.global_norm)
@@ -85,7 +85,19 @@ def test_dtypes(dtype: str, backend: str):
             x = x * (1 + 1j) if dtype.startswith("complex") else x
             got = measures.global_norm([x])
             assert got.dtype == ("float64" if wide else "float32")
-            assert float(got) == pytest.approx(norm([np.asarray(x)], 2), rel=1e-13 if wide else 2e-6)
+            assert float(got) == pytest.approx(norm([np.asarray(x)], 2), rel=1e-13 if wide else 2e-6, abs=0)
+
+
+@pytest.mark.parametrize("ord", ORDS)
+def test_complex_numbers_are_pairs(ord: float, backend: str):
+    z = (draw(1.0)["small"] + 1j * draw(1.0, 1)["small"]).astype(np.complex64)
+    assert measures.global_norm([z], ord) == pytest.approx(norm([z], ord), rel=4e-6)
+    if ord >= 1:
+        slope = jax.grad(lambda x, y: measures.global_norm([x + 1j * y], ord), (0, 1))(z.real, z.imag)
+        unit = np.abs(z.astype(np.complex128)) / norm([z], ord)
+        weight = (unit == unit.max()) if ord == np.inf else unit ** (ord - 1)
+        want = [part / np.abs(z) * weight for part in (z.real, z.imag)]
+        np.testing.assert_allclose(slope, want, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ord", [1.5, 2, 3])
@@ -107,6 +119,17 @@ def test_derivative_at_zero_is_zero(ord: float):
 def test_vmap_is_a_loop():
     xs = np.stack([draw(s)["small"] for s in (1.0, 1e20, 1e-25, 0.0)])
     np.testing.assert_allclose(jax.vmap(measures.global_norm)(xs), [norm([x], 2) for x in xs], rtol=1e-6)
+
+
+def test_numbers_come_out_of_a_vector_in_order(backend: str):
+    numbers, tangents = jax.jvp(_vectors.apart, (jnp.arange(5.0),), (10 * jnp.arange(5.0),))
+    assert list(map(float, numbers)) == [0, 1, 2, 3, 4] and list(map(float, tangents)) == [0, 10, 20, 30, 40]
+    leaves = [jnp.float32(1), jnp.full(2, 2.0), jnp.float32(3), jnp.full((1, 2), 4.0), jnp.float32(5)]
+    for some in (leaves, leaves[:2], leaves[1:2], leaves[::2], []):
+        packs, unpack = _vectors.pack(some)
+        assert len(packs) == sum(x.ndim > 0 for x in some) + any(x.ndim == 0 for x in some)
+        for got, want in zip(unpack(packs), some, strict=True):
+            np.testing.assert_array_equal(got, want, strict=True)
 
 
 def test_equal_shapes_are_traced_once():

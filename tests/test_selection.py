@@ -73,6 +73,15 @@ def test_frozen_leaves_stay_out_of_the_norm():
     chex.assert_trees_all_close(apply(split), {"dense": scaled(GRADS["dense"], 0.0), "head": free}, rtol=1e-6)
 
 
+def test_agc_without_the_last_layer():
+    updates = apply(optax.masked(optclip.adaptive_grad_clip(0.01), by_path({"^head/": False}, True)))
+    chex.assert_trees_all_equal(updates["head"], GRADS["head"])
+    chex.assert_trees_all_equal(updates["dense"], apply(optclip.adaptive_grad_clip(0.01))["dense"])
+    for name, update in updates["dense"].items():
+        size, most = (np.linalg.norm(x, axis=0) for x in (update, PARAMS["dense"][name]))
+        np.testing.assert_allclose(size, 0.01 * np.maximum(most, 1e-3), rtol=1e-5)  # all gradients are far beyond
+
+
 @pytest.mark.parametrize(
     "limits",
     [

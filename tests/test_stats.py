@@ -52,6 +52,16 @@ def test_numbers_at_leaf_scope():
     np.testing.assert_allclose(ratio, sizes.max() / limit, rtol=1e-6)
 
 
+def test_the_largest_need_not_be_the_worst():
+    grads = {"a": jnp.zeros(3), "b": jnp.array([3.0, 4.0]), "c": jnp.full(4, 1.0)}
+    state = state_after(optclip.clip_by_leaf_norm({"a": jnp.zeros(()), "b": 10.0, "c": 0.5}), grads, grads)
+    got = optclip.summary(state)
+    want = {"preclip_norm": 5, "limit": 10, "scale": 0.25, "clipped": 1, "clipped_fraction": 1 / 3}
+    np.testing.assert_allclose([got[f"clip/{key}"] for key in want], list(want.values()), rtol=1e-6)
+    assert int(got["clip/worst_leaf_index"]) == 2
+    assert optclip.worst_leaf(state) == {"clip": ("c", 4.0)}
+
+
 def test_limits_may_be_shallower_or_deeper_than_sizes_and_both():
     limits = {"dense": {"bias": 1.0, "kernel": np.inf}, "head": 2.0}
     tx = optclip.clip_by_group_norm(limits, {"dense": 0, "head": {"kernel": 1, "scale": 2}})

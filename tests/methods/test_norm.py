@@ -111,7 +111,7 @@ def test_bad_limits_are_refused_with_their_value(method, value):
 
 
 @pytest.mark.parametrize("method", ["global", "leaf", "group", "unit"])
-@pytest.mark.parametrize("ord", [0, -2, np.nan, "fro"])
+@pytest.mark.parametrize("ord", [0, -2, np.nan, "fro", jnp.float32(-1)])
 def test_bad_orders_are_refused_at_construction(method, ord):
     with pytest.raises((ValueError, TypeError), match=rf"clip_by_{method}_norm\(ord=.*\): ord must be > 0"):
         getattr(optclip, f"clip_by_{method}_norm")(1.0, ord=ord)

@@ -66,6 +66,14 @@ def test_floored():
         responses.floored(1.5)
 
 
+def test_clamp():
+    u = np.array([-3.0, 1e-40, -1e-45, 0.5, np.inf, np.nan], np.float32)
+    for clamp in (responses.clamp, jax.jit(responses.clamp)):
+        got = np.asarray(clamp(u, jnp.float32(1), jnp.float32(2)))
+        np.testing.assert_array_equal(got.view(np.int32)[1:4], u.view(np.int32)[1:4])
+        np.testing.assert_array_equal(got[[0, 4, 5]], [-2, 2, np.nan])
+
+
 def test_press():
     u = jnp.array([-8.0, 2.0, 0.5, 0.0])
     np.testing.assert_array_equal(responses.press(u, jnp.float32(8), jnp.float32(2)), [-2, 2, 0.5, 0])

@@ -229,3 +229,5 @@ def test_summary_reports_the_guard():
     again = optclip.summary(state)
     assert (float(again["skip/skipped"]), int(again["skip/consecutive"]), int(again["skip/total"])) == (1, 1, 1)
     assert float(again["clip/preclip_norm"]) == float(said["clip/preclip_norm"])  # of the last good step
+    later = optclip.summary(update(grads(2), state, PARAMS)[1])
+    assert (float(later["skip/skipped"]), int(later["skip/consecutive"]), int(later["skip/total"])) == (0, 0, 1)
