@@ -122,8 +122,9 @@ def test_vmap_is_a_loop():
 
 
 def test_numbers_come_out_of_a_vector_in_order(backend: str):
-    numbers, tangents = jax.jvp(_vectors.apart, (jnp.arange(5.0),), (10 * jnp.arange(5.0),))
-    assert list(map(float, numbers)) == [0, 1, 2, 3, 4] and list(map(float, tangents)) == [0, 10, 20, 30, 40]
+    for n in (2, 32, 70):
+        numbers, tangents = jax.jvp(_vectors.apart, (jnp.arange(1.0 * n),), (10 * jnp.arange(1.0 * n),))
+        assert list(map(float, numbers)) == list(range(n)) and list(map(float, tangents)) == list(range(0, 10 * n, 10))
     leaves = [jnp.float32(1), jnp.full(2, 2.0), jnp.float32(3), jnp.full((1, 2), 4.0), jnp.float32(5)]
     for some in (leaves, leaves[:2], leaves[1:2], leaves[::2], []):
         packs, unpack = _vectors.pack(some)
