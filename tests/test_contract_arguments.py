@@ -15,7 +15,7 @@ INNER = {"inner": optax.identity()}
 MEMORY = {"warmup": -1, "warmup_limit": 0.0, "patience": 0}  # of whatever stands on `thresholds.history`
 WRONG = {  # for each method what it cannot do without, and a wrong value for each of its numbers
     "acclip": ({}, {"b1": 1.0, "b2": -0.1, "alpha": 2.5, "eps": -1.0}),
-    "adaclip": ({}, {"decay": 1.0, "patience": 0}),
+    "adaclip": ({}, {"decay": 1.0, "patience": 0, "ord": 0}),
     "adagc": ({}, {"ratio": 0.0, "decay": 1.0, "max_norm": 0.0, "warmup": -1, "patience": 0}),
     "adagn": ({}, {"b1": 1.0, "b2": 1.0, "eps": -1.0, "patience": 0}),
     "adaptive_grad_clip": ({"clipping": 0.1}, {"clipping": 0.0, "eps": -1.0}),

@@ -57,6 +57,7 @@ def adaclip(
       >>> tx = optax.chain(adaclip(), adagn(), optax.adam(1e-3))
     """
     rule = running_mean(decay, feeding=feeding, patience=patience, call="adaclip")
+    ord = _checks.check_ord("adaclip", ord)
     return clip_by(partial(leaf_norm, ord=ord, stack_axis=stack_axis, axis_name=axis_name), rule, press)
 
 
