@@ -138,7 +138,8 @@ def adagc(
     State: `ClipState`; ``rule`` is an `EmaFromMin`: two int32 and one float32 per size.
 
     Guarantees: never stuck. A new level over 4 times the limit is accepted after ``patience`` steps; up to 4 times, the
-      limit climbs to it by (1 - decay) * (ratio - 1) a step (0.1%: 693 steps to double), as in the paper.
+      limit climbs to it by (1 - decay) * (ratio - 1) a step (0.1%: 693 steps to double), as in the paper. Gradients
+      over 4 times ``max_norm`` for good are clipped to about ``max_norm`` for good: every warm-up brings them to it.
 
     Edge cases: zero, NaN and infinite norms do not enter the average; a leaf that was zero has its warm-up when it
       wakes. A NaN or an infinity makes the updates of its own leaf NaN.

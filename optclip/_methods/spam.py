@@ -100,7 +100,7 @@ def spam_clip(
     State: `ClipState` without statistics; ``rule`` is a `Spikes`: one float32 array per leaf and one int32.
 
     Guarantees: never stuck: a clipped element lets its limit grow by a factor of sqrt(1 + (1 - decay) * (theta - 1)),
-      2.4 by default, so a new level is accepted within 40 steps, however high.
+      2.4 by default, so a level 1e15 times the old is accepted within 40 steps.
 
     Edge cases: an element that was always 0 passes when it wakes. A NaN or an infinity makes the updates of its leaf
       NaN, and leaves the memory of that leaf untouched.
