@@ -154,10 +154,12 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
 
     def scaled(which: list[int], scale: jax.Array) -> list[jax.Array]:
         # A scale per array: of a common one XLA would store a broadcast for each shape, 368 MB for GPT-2 124M. Tied to
-        # the arrays, for else it would widen those of bfloat16 in memory, before the loop.
-        each = lax.optimization_barrier([(slots[i].arrays, [scale] * len(slots[i].arrays)) for i in which])
-        tied = zip(which, each, strict=True)
-        return [_sum(slots[i]._replace(arrays=arrays), dtype, scales) for i, (arrays, scales) in tied]
+        # its array, for else those of bfloat16 would be widened in memory, before the loop.
+        tied = [[lax.optimization_barrier((x, scale)) for x in slots[i].arrays] for i in which]
+        return [
+            _sum(slots[i]._replace(arrays=[x for x, _ in pairs]), dtype, [k for _, k in pairs])
+            for i, pairs in zip(which, tied, strict=True)
+        ]
 
     # By turn: the scale, what it is undone by, and between which norms a norm is kept.
     table = jnp.asarray([[1, 1, 0, high], [far, 1 / far, low, jnp.inf], [1 / far, far, 0, high]], dtype)
@@ -177,8 +179,9 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     def again(carry: Any) -> jax.Array:
         turn, sizes = carry
         # 1: the next turn is wanted, for what may be too small; 2: also the one after it, for what is too large.
-        wanted = [_short(jnp.where(n < low, 1.0, jnp.where(n > high, 2.0, 0.0)), jnp.max) for n in sizes]
-        return functools.reduce(jnp.maximum, wanted) >= turn
+        codes = [jnp.where(n < low, 1.0, jnp.where(n > high, 2.0, 0.0)).astype(dtype) for n in sizes if n.size]
+        wanted = functools.reduce(jnp.maximum, [_short(code, jnp.max) for code in codes], jnp.zeros((), dtype))
+        return wanted >= turn.astype(dtype)
 
     def start(slot: Slot) -> jax.Array:
         none, x = _nothing(slot, dtype), slot.arrays[0]
