@@ -71,7 +71,7 @@ def build(function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tuple
     }
 
 
-def interleave(calls: dict[str, Callable[[], Any]], baseline: str, rounds: int) -> dict[str, dict[str, float]]:
+def interleave(calls: dict[str, Callable[[], Any]], baseline: str, rounds: int) -> dict[str, dict[str, Any]]:
     """Times every call once a round, in an order that turns; medians, quartiles and ratios to ``baseline``."""
     for call in calls.values():  # warm up: caches, page faults
         jax.block_until_ready(call())
@@ -87,6 +87,7 @@ def interleave(calls: dict[str, Callable[[], Any]], baseline: str, rounds: int) 
     for name, seen in times.items():
         low, middle, high = np.percentile(np.array(seen) / base, [25, 50, 75])
         out[name] = {"ms": 1e3 * float(np.median(seen)), "ratio": middle, "ratio 25%": low, "ratio 75%": high}
+        out[name]["ms by round"] = [round(1e3 * t, 4) for t in seen]
     return out
 
 
