@@ -78,6 +78,14 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
 
 def _count(x: jax.Array) -> jax.Array:
     """How many elements are NaN, +inf and -inf: float32[3]."""
+    if jax.default_backend() != "cpu" or _mesh.partitioned([x]):
+        return _kinds(x)
+    # The usual answer at memory speed: XLA:CPU takes 20 times as long to tell the kinds apart.
+    bad = jnp.sum(~jnp.isfinite(x), dtype=jnp.float32)
+    return jax.lax.cond(bad > 0, _kinds, lambda x: jnp.stack([bad] * 3), x)
+
+
+def _kinds(x: jax.Array) -> jax.Array:
     parts = [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
     nan, up, down = (
         functools.reduce(jnp.logical_or, [test(p) for p in parts]) for test in (jnp.isnan, jnp.isposinf, jnp.isneginf)
