@@ -11,7 +11,7 @@ from optclip._numerics import over
 
 
 class Window(NamedTuple):
-    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered yet."""
+    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered, never NaN."""
 
     values: jax.Array
 
@@ -23,19 +23,19 @@ def empty(size: jax.Array, window: int) -> Window:
 
 def push(value: jax.Array, window: Window, count: jax.Array) -> Window:
     """The window with ``value`` in place of the oldest; ``count`` values entered before it."""
-    values = window.values
+    values, value = window.values, jnp.where(jnp.isfinite(value), value, jnp.inf)
     slots = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
     return Window(jnp.where(slots == (count % values.shape[-1])[..., None], value[..., None], values))
 
 
 def held(window: Window) -> jax.Array:
     """How many finite values each row holds, int32[S]."""
-    return jnp.sum(jnp.isfinite(window.values), axis=-1, dtype=jnp.int32)
+    return jnp.sum(jnp.isfinite(window.values).astype(window.values.dtype), axis=-1).astype(jnp.int32)
 
 
 def smallest(window: Window, index: jax.Array) -> jax.Array:
     """The value at place ``index`` of each row in rising order, from 0; infinity beyond the finite ones."""
-    return _smallest(jnp.where(jnp.isfinite(window.values), window.values, jnp.inf), index)
+    return _smallest(window.values, index)
 
 
 @jax.custom_jvp
@@ -69,9 +69,13 @@ def percentile_of(window: Window, percent: Any) -> jax.Array:
     place = jnp.asarray(percent, dtype) * (jnp.maximum(n, 1) - 1).astype(dtype)
     low = jnp.floor(place / 100)
     part = (place - 100 * low) / 100
-    below = smallest(window, low.astype(jnp.int32))
-    above = smallest(window, jnp.minimum(low.astype(jnp.int32) + 1, jnp.maximum(n, 1) - 1))
-    return jnp.where(n > 0, below + part * (above - below), jnp.inf)
+    index = low.astype(jnp.int32)
+    below = smallest(window, index)
+    further = window.values > below[..., None]
+    above = jnp.min(jnp.where(further, window.values, jnp.inf), axis=-1)
+    reached = jnp.sum((~further).astype(dtype), axis=-1)
+    same = (reached > (index + 1).astype(dtype)) | (index + 1 >= n)  # the next is as large, or there is none
+    return jnp.where(n > 0, below + part * (jnp.where(same, below, above) - below), jnp.inf)
 
 
 def moments_of(window: Window, ddof: int = 0) -> tuple[jax.Array, jax.Array]:
