@@ -93,7 +93,7 @@ NETWORK = shapes(
     [
         (mlp, *MLP, 1.1, 1.1),
         (language_model(unrolled), UNROLLED, IDS, 1.2, 1.2),
-        (scanned, STACKED, IDS, None, 1.4),  # a loop body is counted once, wherever it runs
+        (scanned, STACKED, IDS, None, 1.42),  # a loop body is counted once, wherever it runs; 1.415 on jax 0.12
         (checkpointed, STACKED, IDS, None, 1.25),
         (network, NETWORK, shapes((32, 32, 32, 3)), 1.1, 1.5),
     ],
