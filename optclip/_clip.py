@@ -107,19 +107,17 @@ def one_at_least(sizes: Sizes) -> Sizes:
 
 def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
     """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
-    sizes, limits = _spread("sizes", sizes, updates), _spread("limits", limits, updates)
+    sizes, limits = (
+        jax.tree.leaves(_spread(name, prefix, updates)) for name, prefix in (("sizes", sizes), ("limits", limits))
+    )
     leaves, treedef = jax.tree.flatten(updates)
-    rows = [
-        (i, size, limit)
-        for i, (x, size, limit) in enumerate(zip(leaves, *map(jax.tree.leaves, (sizes, limits)), strict=True))
-        if _numerics.is_gradient(x)
-    ]
+    rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
+    pairs = [(sizes[i], limits[i]) for i in rows]
     if hasattr(response, "factor"):
-        made = _factors(response.factor, [(size, limit) for _, size, limit in rows])
-        new = [_multiply(leaves[i], *factors) for (i, _, _), factors in zip(rows, made, strict=True)]
+        new = [_multiply(leaves[i], *made) for i, made in zip(rows, _factors(response.factor, pairs), strict=True)]
     else:
-        new = [_respond(response, leaves[i], size, limit) for i, size, limit in rows]
-    for (i, _, _), x in zip(rows, new, strict=True):
+        new = [_respond(response, leaves[i], *pair) for i, pair in zip(rows, pairs, strict=True)]
+    for i, x in zip(rows, new, strict=True):
         leaves[i] = x
     return treedef.unflatten(leaves)
 
