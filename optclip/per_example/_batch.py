@@ -154,14 +154,26 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
     if not arrays:
         weights = Dense(coefs.astype(wide(coefs.dtype)), (label,))
         return dataclasses.replace(term, factors=(*factors, weights))
+    if len(factors) == 1 and set(factors[0].labels) == {label, *term.kept}:
+        return dataclasses.replace(term, factors=(_weighted_rows(factors[0], coefs),))
     # The coefficient goes into the factor with the first index of the gradient, which the product has to transpose
     # anyway.
     i = next((i for i in arrays if set(term.kept[:1]) & set(factors[i].labels)), arrays[0])
     array = factors[i].array
     product = _along(coefs, array).astype(wide(array.dtype)) * array
-    # A gradient that is there already is summed in the wide dtype; a factor goes on to a product in its own.
-    factors[i] = dataclasses.replace(factors[i], array=product if len(factors) == 1 else product.astype(array.dtype))
+    factors[i] = dataclasses.replace(factors[i], array=product.astype(array.dtype))
     return dataclasses.replace(term, factors=tuple(factors))
+
+
+def _weighted_rows(gradient: Dense, coefs: jax.Array) -> Dense:
+    """``sum_i c_i G_i`` of gradients that are there, as a product of a vector and a matrix.
+
+    XLA:CPU takes 30 times as long for a sum over examples of a product, and 4 times for one with many axes.
+    """
+    array = gradient.array.astype(wide(gradient.array.dtype))
+    rows = array.reshape(len(array), -1)
+    total = jnp.matmul(coefs.astype(rows.dtype), rows, precision=jax.lax.Precision.HIGHEST)
+    return Dense(total.reshape(array.shape[1:]), gradient.labels[1:])
 
 
 def _along(vector: jax.Array, array: jax.Array) -> jax.Array:
