@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 
 def check(call: str, name: str, value: Any, holds: Callable[[Any], Any], bound: str) -> None:
@@ -46,7 +47,7 @@ def check_count(call: str, name: str, value: Any, least: int = 0) -> None:
 
 def check_ord(call: str, ord: Any) -> float:
     """The order of a norm as a Python float > 0; it decides what is computed, so it cannot be traced."""
-    if isinstance(ord, jax.core.Tracer):
+    if isinstance(ord, Tracer):
         raise TypeError(f"{call}: ord must be a number, not traced; in optax.inject_hyperparams, static_args='ord'")
     ord = float(ord) if isinstance(ord, jax.Array) and ord.ndim == 0 else ord
     check(call, "ord", ord, lambda p: p > 0, "> 0")

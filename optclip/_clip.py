@@ -16,6 +16,7 @@ import optax
 
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import Threshold, fixed
+from optclip._transformation import transformation
 from optclip._vectors import apart
 from optclip.measures import Measure, Sizes, Updates
 from optclip.responses import Response, factors, multiplied, rescale
@@ -93,7 +94,7 @@ def clip_by(
         stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
         return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def one_at_least(sizes: Sizes) -> Sizes:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 
 AxisName = Any  # None (read the types), a name, a tuple of names, a prefix tree of these, or a function making one
 
@@ -229,7 +230,7 @@ def like(tree: Any, size: Any) -> Any:
     def one(x: Any) -> Any:
         missing = tuple(a for a in varying if a not in varying_axes(x))
         x = lax.pcast(x, missing, to="varying") if missing else x
-        open_ = jax.sharding.get_abstract_mesh().empty and not isinstance(x, jax.core.Tracer)
+        open_ = jax.sharding.get_abstract_mesh().empty and not isinstance(x, Tracer)
         if not explicit or open_ or jnp.ndim(x) == 0:
             return x
         spec = (*sharding.spec, *[None] * (jnp.ndim(x) - len(sharding.spec)))

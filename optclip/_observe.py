@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _course, _mesh, sketch
 from optclip._clip import cast_tree
 from optclip._course import Course
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
 from optclip.sketch import Sketch
 from optclip.stats import path_string, plain, recorded, rows
@@ -126,7 +127,7 @@ def observe(
             seen = seen._replace(recent=_remember(state, norm, parts, after))
         return updates, cast_tree(seen, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def merge(a: ObserveState, b: ObserveState) -> ObserveState:

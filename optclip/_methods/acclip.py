@@ -8,6 +8,7 @@ import optax
 
 from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, cast_tree
+from optclip._transformation import transformation
 
 
 class Coordinates(NamedTuple):
@@ -83,7 +84,7 @@ def acclip(
         out, momentum, limit = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
         return out, ClipState(cast_tree(Coordinates(momentum, limit), state.rule), None)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _moment(decay: float, alpha: float, tau: jax.Array, size: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import optax
 from optclip import _checks, _numerics
 from optclip._clip import ClipState, clip_by
 from optclip._rules import Threshold, scheduled
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
 
 _UNIT = 2.0**-64  # of the ratios: a huge step over a tiny parameter is beyond the largest float32
@@ -63,7 +64,7 @@ def clippy(
     _checks.check_positive("clippy", "absolute", absolute)
     knobs = scheduled((relative, absolute))
 
-    def clipper(sizes: Any, memory: Any) -> optax.GradientTransformationExtraArgs:
+    def clipper(sizes: Any, memory: Any) -> Any:
         rule = Threshold(knobs.init, lambda *_, **extra: (jnp.full((), _UNIT, jnp.float32), memory))
         return clip_by(sizes, rule, record=record)
 
@@ -77,7 +78,7 @@ def clippy(
         out, state = clipper(sizes, memory).update(updates, state, params, **extra)
         return out, state._replace(stats=jax.tree.map(_in_ones, state.stats))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _ratio(rel: jax.Array, least: jax.Array, update: Any, param: Any) -> Any:

@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, clip_by
 from optclip._rules import Threshold, scheduled
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
 
 
@@ -69,10 +70,11 @@ def larc_clip(
         decays = jax.tree.map(lambda n: jnp.where(n == 0, 0, weight_decay).astype(n.dtype), norms)
         sizes = jax.tree.map(lambda n, w, d: n + d * w.astype(n.dtype), norms, weights, decays)
         decayed = jax.tree.map(_add, updates, params, jax.tree.broadcast(decays, updates))
-        out, state = clip_by(lambda _: sizes, rule, record=record).update(decayed, state, params, **extra)
+        clipper: Any = clip_by(lambda _: sizes, rule, record=record)
+        out, state = clipper.update(decayed, state, params, **extra)
         return _elementwise.cast_back(out, updates), state
 
-    return optax.GradientTransformationExtraArgs(clip_by(measure, rule, record=record).init, update)
+    return transformation(clip_by(measure, rule, record=record).init, update)
 
 
 def _add(g: Any, w: Any, decay: jax.Array) -> Any:

@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, cast_tree, clip_by
 from optclip._rules import fixed, scheduled
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
 
 
@@ -66,7 +67,7 @@ def mars_clip(
     _checks.check_nonnegative("mars_clip", "gamma", gamma)
     _checks.check_fraction("mars_clip", "b1", b1)
     knob = scheduled((gamma,))
-    clip = clip_by(measure, fixed(max_norm, call="mars_clip", name="max_norm"), record=record)
+    clip: Any = clip_by(measure, fixed(max_norm, call="mars_clip", name="max_norm"), record=record)
 
     def init(params: Any) -> MarsState:
         last = _elementwise.zeros(params, complex=True)
@@ -84,7 +85,7 @@ def mars_clip(
         count = state.count + fine.astype(jnp.int32)
         return _elementwise.cast_back(out, updates), MarsState(clipped, step, count, cast_tree(last, state.last))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _correct(g: Any, last: jax.Array, weight: jax.Array) -> Any:

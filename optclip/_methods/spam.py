@@ -10,6 +10,7 @@ from optclip import _checks, _elementwise
 from optclip._clip import ClipState, cast_tree, respond
 from optclip._history import Feed, clipped
 from optclip._rules import Threshold, scheduled
+from optclip._transformation import transformation
 from optclip.measures import magnitude
 from optclip.responses import rescale
 
@@ -124,4 +125,4 @@ def spam_clip(
         limits, memory = rule.update(sizes, state.rule, params, **extra)
         return respond(rescale, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), None)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

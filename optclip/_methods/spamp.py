@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, ClipStats, cast_tree, clip_by, one_at_least, respond
 from optclip._history import Feed, raw, running_mean
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
 from optclip.responses import rescale
 
@@ -77,4 +78,4 @@ def spamp(
         stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
         return out, ClipState(cast_tree(memory, state.rule), stats)
 
-    return optax.GradientTransformationExtraArgs(clip_by(measure, rule, record=record).init, update)
+    return transformation(clip_by(measure, rule, record=record).init, update)

@@ -10,6 +10,7 @@ from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, cast_tree, clip_by
 from optclip._history import mass
 from optclip._rules import fixed
+from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_rms
 
 
@@ -78,7 +79,7 @@ def stable_adamw_clip(
     inner = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> StableAdamWState:
-        clip = clip_by(measure, rule, record=record).init(params)
+        clip: Any = clip_by(measure, rule, record=record).init(params)
         return StableAdamWState(clip, _elementwise.counts(params), _elementwise.zeros(params), inner.init(params))
 
     def update(updates: Any, state: StableAdamWState, params: Any = None, **extra: Any) -> tuple[Any, StableAdamWState]:
@@ -89,10 +90,11 @@ def stable_adamw_clip(
         pairs = [_one(*row, decay, eps) for row in rows]
         ratios, rms = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))
         steps, inner_state = inner.update(updates, state.inner, params, **extra)
-        steps, clip = clip_by(lambda _: measure(ratios), rule, record=record).update(steps, state.clip, params, **extra)
+        clipper: Any = clip_by(lambda _: measure(ratios), rule, record=record)
+        steps, clip = clipper.update(steps, state.clip, params, **extra)
         return steps, StableAdamWState(clip, count, cast_tree(rms, state.rms), inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _one(g: Any, rms: jax.Array, count: jax.Array, fine: jax.Array, decay: float, eps: float) -> tuple[Any, jax.Array]:

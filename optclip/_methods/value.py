@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _numerics
 from optclip._clip import ClipState, cast_tree, respond
 from optclip._rules import scheduled
+from optclip._transformation import transformation
 
 
 def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -62,7 +63,7 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
         clamped = respond(_between, updates, low, bounds[-1])
         return clamped, ClipState(cast_tree(memory, state.rule), None)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _between(update: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:

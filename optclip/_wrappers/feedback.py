@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._rules import fixed
+from optclip._transformation import transformation
 from optclip.measures import Measure, global_norm, magnitude
 from optclip.responses import clamp, rescale
 
@@ -80,7 +81,7 @@ def u_clip(
         owed = _map(lambda s: s * share.astype(s.dtype), owed)
         return cut, FeedbackState(inner_state, _memory(owed, updates, state.buffer))
 
-    return optax.GradientTransformationExtraArgs(_start(clipper), update)
+    return transformation(_start(clipper), update)
 
 
 def clip21(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -172,7 +173,7 @@ def _track(inner: optax.GradientTransformation, weight: Any) -> optax.GradientTr
         moved = _map(_enter, moved, state.buffer)
         return emitted, FeedbackState(inner_state, _memory(moved, updates, state.buffer))
 
-    return optax.GradientTransformationExtraArgs(_start(clipper), update)
+    return transformation(_start(clipper), update)
 
 
 def _start(clipper: optax.GradientTransformationExtraArgs) -> Any:

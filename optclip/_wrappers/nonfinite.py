@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
+from optclip._transformation import transformation
 from optclip._wrappers.guard import any_of, keep, nonfinite, withhold
 
 
@@ -84,7 +85,7 @@ def skip_nonfinite(
         total = jnp.where(bad, optax.safe_increment(state.total), state.total)
         return withhold(bad, after, fill), SkipState(keep(bad, state.inner_state, inner_state), total, consecutive)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _spoiled(new: Any, old: Any) -> list[jax.Array]:

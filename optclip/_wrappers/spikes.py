@@ -10,6 +10,7 @@ from optclip import _checks, _mesh
 from optclip._clip import ClipState, clip_by
 from optclip._methods.historical_norm import window_zscore
 from optclip._rules import Threshold, fixed
+from optclip._transformation import transformation
 from optclip._wrappers.guard import any_of, keep, nonfinite, withhold
 from optclip.measures import Measure, global_norm
 
@@ -87,7 +88,7 @@ def skip_spikes(
     if rule is None:
         rule = window_zscore(6.0, 128, warmup=63, ddof=1)  # OLMo counts the current step in the least history
     guarded = optax.with_extra_args_support(inner)
-    norm_judge = clip_by(measure, _rule("rule", rule), _pass)
+    norm_judge: Any = clip_by(measure, _rule("rule", rule), _pass)
     loss_judge = None if loss_rule is None else clip_by(lambda loss: loss, _rule("loss_rule", loss_rule), _pass)
 
     def init(params: Any) -> SpikeState:
@@ -113,7 +114,7 @@ def skip_spikes(
             streak=jnp.where(skip, jnp.where(finite, optax.safe_increment(state.streak), state.streak), 0),
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _rule(name: str, rule: Any) -> Threshold:
@@ -126,7 +127,7 @@ def _pass(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def _judge(
-    judge: optax.GradientTransformationExtraArgs, updates: Any, state: ClipState, stuck: jax.Array, params: Any,
+    judge: Any, updates: Any, state: ClipState, stuck: jax.Array, params: Any,
     extra: Any,
 ) -> tuple[Any, jax.Array, jax.Array]:  # fmt: skip
     """The state of the judge after this step, whether any size is beyond its limit, whether all are finite."""

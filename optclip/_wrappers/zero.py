@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _mesh, _numerics
+from optclip._transformation import transformation
 
 _MOST = 2**31 - 1
 
@@ -73,7 +74,7 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
         totals = [_add(old, n) for old, n in zip(state[:3], seen, strict=True)]
         return jax.tree.map(_finite_part, updates), ZeroState(*totals, last=_add(jnp.zeros_like(state.last), sum(seen)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def _count(x: jax.Array) -> jax.Array:

@@ -165,7 +165,7 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
     return dataclasses.replace(term, factors=tuple(factors))
 
 
-def _weighted_rows(gradient: Dense, coefs: jax.Array) -> Dense:
+def _weighted_rows(gradient: Any, coefs: jax.Array) -> Dense:
     """``sum_i c_i G_i`` of gradients that are there, as a product of a vector and a matrix.
 
     XLA:CPU takes 30 times as long for a sum over examples of a product, and 4 times for one with many axes.

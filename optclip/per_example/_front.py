@@ -131,10 +131,11 @@ def _split(name: str, key: jax.Array, size: int) -> jax.Array:
         raise TypeError(f"{name}: key_argnums must name a single random key, not {jnp.shape(key)}") from None
 
 
-def _check_loss(name: str, result: Any, has_aux: bool) -> tuple[jax.Array, Any]:
+def _check_loss(name: str, result: Any, has_aux: bool) -> tuple[Any, Any]:
     if has_aux and not (isinstance(result, tuple) and len(result) == 2):
         raise TypeError(f"{name}: with has_aux=True the loss function must return a pair (loss, aux)")
-    loss, aux = result if has_aux else (result, None)
+    pair: Any = result if has_aux else (result, None)
+    loss, aux = pair
     if jnp.shape(loss) != ():
         raise TypeError(
             f"{name}: the loss of one example must be a scalar, not of shape {jnp.shape(loss)}; "

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr
 from jax.sharding import AxisType
 
 from optclip._mesh import varying_axes
+
+if TYPE_CHECKING:
+    JaxprEqn = Literal = Var = Any  # types of variables are declared to have no shape
+else:
+    from jax.extend.core import JaxprEqn, Literal, Var
 
 __all__ = [
     "REMAT", "ClosedJaxpr", "Jaxpr", "JaxprEqn", "Literal", "Var", "bind", "called", "is_remat", "placed_as",
@@ -55,7 +60,8 @@ def sum_over_shards(function: Callable[..., jax.Array], arrays: Any) -> jax.Arra
     if mesh is None:
         return function(arrays)
     whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return jax.sharding.auto_axes(function, out_sharding=whole)(arrays)
+    summed: Any = jax.sharding.auto_axes(function, out_sharding=whole)
+    return summed(arrays)
 
 
 def placed_as(array: jax.Array, other: jax.Array) -> jax.Array:

@@ -10,6 +10,7 @@ import optax
 
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import resolve
+from optclip._transformation import transformation
 
 __all__ = ["GaussianNoiseState", "adapt_limit", "add_gaussian_noise", "split_budget", "split_budget_by_size"]
 
@@ -91,9 +92,9 @@ def add_gaussian_noise(
         axes = _mesh.sum_axes(updates, axis_name)
         after, *keys = jax.random.split(state.key, len(leaves) + 1)
         noisy = [_with_noise(x, k, a, scale) for x, k, a in zip(leaves, keys, axes, strict=True)]
-        return treedef.unflatten(noisy), GaussianNoiseState(after, optax.safe_increment(state.count))
+        return treedef.unflatten(noisy), GaussianNoiseState(after, jnp.asarray(optax.safe_increment(state.count)))
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)
 
 
 def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2) -> Any:

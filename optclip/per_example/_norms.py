@@ -120,7 +120,7 @@ def price(value: Factored) -> Cost:
             flops += 2 * ta * tb * sum(f.array.size for f in a.factors if isinstance(f, Dense)) // max(ta, 1)
     if len(value.terms) > 1:
         return Cost("joint", flops, numbers)
-    (term,) = value.terms
+    term = next(iter(value.terms))
     rule = "one-hot" if _is_rows(term) else "gram" if _tokens(term) > 1 else "outer"
     return Cost(rule, flops, numbers)
 

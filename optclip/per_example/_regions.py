@@ -113,7 +113,8 @@ class Regions:
 
     def remat(self, block: Block, eqn: JaxprEqn, values: list[Any]) -> list[Any] | None:
         wanted = _wanted(block, eqn)
-        body = Block(flatten(called(eqn), unfold_remat=True), wanted)
+        program: Any = called(eqn)
+        body = Block(flatten(program, unfold_remat=True), wanted)
         env = dict(zip(body.jaxpr.constvars, body.program.consts, strict=True))
         env.update(zip(body.jaxpr.invars, barrier(eqn, values), strict=True))
         evaluate(body, body.live, env, self.nested)

@@ -131,7 +131,7 @@ def wide(dtype: Any) -> Any:
     return jnp.promote_types(dtype, jnp.float32)
 
 
-def einsum(factors: Sequence[Dense], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
+def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
     """``jnp.einsum`` over labels, summed in float32 or wider, contracted in the cheapest order."""
     names: dict[int, int] = {}
     operands: list[Any] = []
