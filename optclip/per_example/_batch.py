@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from optclip.per_example._block import Block, Region, evaluate
 from optclip.per_example._jax import Literal, bind, sum_over_shards
-from optclip.per_example._terms import Dense, Factored, Term, dense, materialize_term, new_label, wide
+from optclip.per_example._terms import Dense, Factored, Term, dense, leader, materialize_term, new_label, wide
 
 __all__ = ["Lifted", "as_factored", "contract", "pack", "run_batched"]
 
@@ -156,9 +156,9 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
         return dataclasses.replace(term, factors=(*factors, weights))
     if len(factors) == 1 and set(factors[0].labels) == {label, *term.kept}:
         return dataclasses.replace(term, factors=(_weighted_rows(factors[0], coefs),))
-    # The coefficient goes into the factor with the first index of the gradient, which the product has to transpose
-    # anyway.
-    i = next((i for i in arrays if set(term.kept[:1]) & set(factors[i].labels)), arrays[0])
+    # The coefficient goes into the factor that the product has to transpose anyway.
+    i = leader(term)
+    i = i if i in arrays else arrays[0]
     array = factors[i].array
     product = _along(coefs, array).astype(wide(array.dtype)) * array
     factors[i] = dataclasses.replace(factors[i], array=product.astype(array.dtype))

@@ -180,8 +180,10 @@ def _by_rule(block: Block, eqn: JaxprEqn, values: list[Any], regions: dict[str, 
 
 
 def _activation_first(block: Block, eqn: JaxprEqn, value: Factored) -> Factored:
+    if eqn.primitive.name != "dot_general":
+        return value
     x, y = (isinstance(v, Var) and v in block.forward for v in eqn.invars[:2])
-    if eqn.primitive.name != "dot_general" or x or not y:
+    if x or not y:
         return value
     (term,) = value.terms
     return dataclasses.replace(value, terms=(dataclasses.replace(term, factors=term.factors[::-1]),))

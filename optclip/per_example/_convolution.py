@@ -6,7 +6,8 @@ the kernel and whose sum r runs over the many positions of the image::
     G[b, o, y] = sum_{i, r} x[b, i, y * stride + r * dilation] g[o, i, r]
 
 Seen from position y of the kernel, x is a strided slice of itself: a *piece*. All pieces together are the patches,
-and G is the matrix product of patches and cotangent. Groups, of either kind, are blocks of it.
+and G is the matrix product of patches and cotangent. Groups, of either kind, are blocks of it. Pieces along the last
+axis of the kernel alone are a third of the patches of a 3 x 3 kernel, and a slice of them is one row of it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,14 +35,16 @@ class _Geometry(NamedTuple):
     """Where the pieces lie in the padded x, and the labels of everything, in the order of the axes in memory."""
 
     kernel: tuple[int, ...]
-    starts: np.ndarray  # [positions, rank of x]
+    dims: tuple[int, ...]  # the axis of x along each axis of the kernel
+    starts: tuple[tuple[int, ...], ...]  # for each axis of the kernel, by position
     extent: tuple[int, ...]  # of a piece, before its steps are taken
     steps: tuple[int, ...]
     split: tuple[int, ...]  # shape of a piece with its groups as axes of their own
     labels_x: tuple[int, ...]
     labels_g: tuple[int, ...]
     window: tuple[int, ...]
-    where: int  # the axis of a piece before which the window goes
+    where: int  # the axis of a piece before which the window goes,
+    before: int  # and the axis of x that this is made of
     precision: Any
 
 
@@ -57,13 +59,13 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
     window, places = tuple(new_label() for _ in kernel), tuple(new_label() for _ in kernel)
 
     config = [(0, 0, 0)] * x.ndim
-    starts, steps, extent = np.zeros((math.prod(kernel), x.ndim), np.int32), [1] * x.ndim, list(x.shape)
+    steps, extent, starts = [1] * x.ndim, list(x.shape), []
     names_x, parts_x = [()] * x.ndim, [(n,) for n in x.shape]
     for s, dim in enumerate(numbers.lhs_spec[2:]):
         config[dim] = (*p["padding"][s], p["lhs_dilation"][s] - 1)
         steps[dim], count = p["rhs_dilation"][s], g.shape[numbers.rhs_spec[2 + s]]
         extent[dim] = (count - 1) * steps[dim] + 1
-        starts[:, dim] = [y[s] * p["window_strides"][s] for y in itertools.product(*map(range, kernel))]
+        starts.append(tuple(y * p["window_strides"][s] for y in range(kernel[s])))
         names_x[dim], parts_x[dim] = (places[s],), (count,)
     names_x[numbers.lhs_spec[0]] = (group_b, b)
     parts_x[numbers.lhs_spec[0]] = (batches, x.shape[numbers.lhs_spec[0]] // batches)
@@ -76,8 +78,9 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
         names_g[dim] = name
     parts_g[numbers.rhs_spec[0]] = (features, batches, g.shape[numbers.rhs_spec[0]] // (features * batches))
     geometry = _Geometry(
-        kernel, starts, tuple(extent), tuple(steps), tuple(itertools.chain(*parts_x)), labels_x,
-        tuple(itertools.chain(*names_g)), window, labels_x.index(group_b), p["precision"],
+        kernel, tuple(numbers.lhs_spec[2:]), tuple(starts), tuple(extent), tuple(steps),
+        tuple(itertools.chain(*parts_x)), labels_x, tuple(itertools.chain(*names_g)), window, labels_x.index(group_b),
+        numbers.lhs_spec[0], p["precision"],
     )  # fmt: skip
 
     x = jax.lax.pad(x, jnp.zeros((), x.dtype), config)
@@ -99,26 +102,52 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
     return Factored((term,), out.shape, out.dtype)
 
 
-def _piece(geometry: _Geometry, x: jax.Array, start: Sequence[Any]) -> jax.Array:
-    piece = jax.lax.dynamic_slice(x, start, geometry.extent)
-    return jax.lax.slice(piece, [0] * x.ndim, geometry.extent, geometry.steps).reshape(geometry.split)
+def _cut(geometry: _Geometry, x: jax.Array, axis: int, position: int, shift: int = 0) -> jax.Array:
+    """What a position along one axis of the kernel sees of x, whose axes from ``before`` on are moved by ``shift``."""
+    dim, start = geometry.dims[axis], geometry.starts[axis][position]
+    at = dim + shift if dim >= geometry.before else dim
+    return jax.lax.slice_in_dim(x, start, start + geometry.extent[dim], geometry.steps[dim], at)
 
 
 def _patches(geometry: _Geometry, x: jax.Array) -> Dense:
-    where = geometry.where
-    stack = jnp.stack([_piece(geometry, x, list(start)) for start in geometry.starts], where)
+    pieces = []
+    for position in itertools.product(*map(range, geometry.kernel)):
+        piece = x
+        for axis, y in enumerate(position):
+            piece = _cut(geometry, piece, axis, y)
+        pieces.append(piece.reshape(geometry.split))
+    where, stack = geometry.where, jnp.stack(pieces, geometry.where)
     array = stack.reshape(*stack.shape[:where], *geometry.kernel, *stack.shape[where + 1 :])
     return Dense(array, (*geometry.labels_x[:where], *geometry.window, *geometry.labels_x[where:]))
 
 
 def _by_example(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
-    """One example after the other: its patches stay in the cache. Grouped convolutions are slow on XLA:CPU."""
+    """One example after the other: what is copied of it stays in the cache. XLA:CPU is slow at grouped convolutions."""
 
     @jax.custom_batching.sequential_vmap
     def product(x: jax.Array, g: jax.Array) -> jax.Array:
-        return einsum([_patches(geometry, x), Dense(g, geometry.labels_g)], order, geometry.precision)
+        return _by_row(geometry, order, x, g)
 
     return product(x, g)
+
+
+def _by_row(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
+    if not geometry.kernel:
+        return einsum([_patches(geometry, x), Dense(g, geometry.labels_g)], order, geometry.precision)
+    *outer, last = range(len(geometry.kernel))
+    pieces = jnp.stack([_cut(geometry, x, last, y) for y in range(geometry.kernel[last])], geometry.before)
+    where, above = geometry.where, geometry.window[:last]
+    labels = (*geometry.labels_x[:where], geometry.window[last], *geometry.labels_x[where:])
+    rest, rows = tuple(label for label in order if label not in above), []
+    for position in itertools.product(*(range(geometry.kernel[axis]) for axis in outer)):
+        row = pieces
+        for axis, y in zip(outer, position, strict=True):
+            row = _cut(geometry, row, axis, y, shift=1)
+        row = row.reshape(*geometry.split[:where], geometry.kernel[last], *geometry.split[where:])
+        rows.append(einsum([Dense(row, labels), Dense(g, geometry.labels_g)], rest, geometry.precision))
+    at = order.index(geometry.window[0])
+    stack = jnp.stack(rows, at)
+    return stack.reshape(*stack.shape[:at], *geometry.kernel[:last], *stack.shape[at + 1 :])
 
 
 def _by_position(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
@@ -126,11 +155,15 @@ def _by_position(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: j
     window = set(geometry.window)
     rest = tuple(label for label in order if label not in window)
 
-    def step(_: None, start: jax.Array) -> tuple[None, jax.Array]:
-        piece = Dense(_piece(geometry, x, list(start)), geometry.labels_x)
-        return None, einsum([piece, Dense(g, geometry.labels_g)], rest, geometry.precision)
+    starts = np.zeros((math.prod(geometry.kernel), x.ndim), np.int32)
+    starts[:, list(geometry.dims)] = list(itertools.product(*geometry.starts))
 
-    _, stack = jax.lax.scan(step, None, jnp.asarray(geometry.starts))
+    def step(_: None, start: jax.Array) -> tuple[None, jax.Array]:
+        piece = jax.lax.dynamic_slice(x, list(start), geometry.extent)
+        piece = jax.lax.slice(piece, [0] * x.ndim, geometry.extent, geometry.steps).reshape(geometry.split)
+        return None, einsum([Dense(piece, geometry.labels_x), Dense(g, geometry.labels_g)], rest, geometry.precision)
+
+    _, stack = jax.lax.scan(step, None, jnp.asarray(starts))
     stack = stack.reshape(*geometry.kernel, *stack.shape[1:])
     have = (*geometry.window, *rest)
     return jnp.transpose(stack, [have.index(label) for label in order])

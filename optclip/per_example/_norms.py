@@ -228,14 +228,15 @@ def _same_rows(a: OneHot, b: OneHot) -> Dense:
 def _take(hot: OneHot, table: Dense) -> Dense:
     """``sum_v [ids = v] table[v, ...]``, with any label that both carry kept aligned."""
     shared = [x for x in hot.labels if x in table.labels]
-    rest = [x for x in table.labels if x not in shared and x != hot.row]
+    rest = [x for x in table.labels if x not in shared]
     own = [x for x in hot.labels if x not in shared]
-    array = jnp.transpose(table.array, [table.labels.index(x) for x in (*shared, hot.row, *rest)])
+    array = jnp.transpose(table.array, [table.labels.index(x) for x in (*shared, *rest)])
     ids = jnp.transpose(hot.array, [hot.labels.index(x) for x in (*shared, *own)])
-    take = lambda table, ids: jnp.take(table, ids, axis=0, mode="clip")
+    row = rest.index(hot.row)
+    take = lambda table, ids: jnp.take(table, ids, axis=row, mode="clip")
     for _ in shared:
         take = jax.vmap(take)
-    return Dense(take(array, ids), (*shared, *own, *rest))
+    return Dense(take(array, ids), (*shared, *rest[:row], *own, *rest[row + 1 :]))
 
 
 def _rows_squared(term: Term) -> jax.Array:
