@@ -227,7 +227,7 @@ def main() -> None:
             result[name] = measure(model, inputs(n), args.rounds)
             result[name] |= torch.measure(title, model, inputs(n), args.rounds) if torch else {}
             show(name, result[name], ["ratio", "ratio 25%", "ratio 75%", "memory ratio", "FLOPs ratio"])
-    save("per_example", result, args, peers=("flax", "jax_privacy", "torch", "opacus"))
+        save("per_example", result, args, peers=("flax", "jax_privacy", "torch", "opacus"))  # what there is so far
 
 
 if __name__ == "__main__":

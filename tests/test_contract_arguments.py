@@ -34,7 +34,7 @@ WRONG = {  # for each method what it cannot do without, and a wrong value for ea
     "clip_by_percentile": ({}, {"percent": -1.0, "window": 0, "max_norm": 0.0, **MEMORY}),
     "clip_by_quantile": ({}, {"quantile": 1.0, "rate": 0.0, "ratio": 0.0, **MEMORY}),
     "clip_by_unit_norm": ({"max_norm": 1.0}, {"max_norm": 0.0, "ord": 0}),
-    "clippy": ({}, {"relative": 0.0, "absolute": 0.0}),
+    "clippy": ({}, {"relative": 0.0, "absolute": -1.0}),
     "delta_gclip": ({"max_norm": 1.0}, {"max_norm": 0.0}),
     "gradient_stabilizer": ({}, {"b1": 1.0, "b2": 1.0, "patience": 0}),
     "lamb_clip": ({}, {"ratio": 0.0, "cap": 0.0}),

@@ -35,9 +35,9 @@ def clippy(
     Args:
       relative: > 0 (lambda_rel; authors' code: 0.1), the largest relative change of a parameter: a number, a traced
         scalar, or a schedule.
-      absolute: > 0 (lambda_abs; authors' code: 1e-7), the change that a parameter of 0 may make, in units of the
+      absolute: >= 0 (lambda_abs; authors' code: 1e-7), the change that a parameter of 0 may make, in units of the
         parameter: likewise. One parameter near 0 holds back its whole tensor, so raise it (1e-3) where parameters start
-        at 0.
+        at 0; with 0 such a tensor never moves.
       measure: how the ratios |u_ij| / (relative * |w_ij| + absolute) of a scope make a size: by default the largest of
         each leaf.
       record: whether the state keeps sizes and limits.
@@ -45,8 +45,8 @@ def clippy(
     State: `ClipState`; ``stats.sizes`` is the largest ratio, a float32 scalar at each leaf, and ``stats.limits`` is 1;
       ``rule`` an int32 step count where a schedule is given.
 
-    Guarantees: |u_ij| <= relative * |w_ij| + absolute; bit-equal to the input where that holds. No lock at zero: with
-      updates to follow, a parameter can grow by 1 + relative in each step.
+    Guarantees: |u_ij| <= relative * |w_ij| + absolute; bit-equal to the input where that holds. No lock at zero,
+      unless ``absolute`` is 0: with updates to follow, a parameter can grow by 1 + relative in each step.
 
     Edge cases: needs ``params`` in ``update``, else ValueError. An element of the update that is 0 does not count. A
       NaN or an infinity makes the updates of its own leaf NaN.
@@ -61,7 +61,7 @@ def clippy(
       >>> tx = optax.chain(optax.adagrad(0.1), clippy(absolute=1e-3))
     """
     _checks.check_positive("clippy", "relative", relative)
-    _checks.check_positive("clippy", "absolute", absolute)
+    _checks.check_nonnegative("clippy", "absolute", absolute)
     knobs = scheduled((relative, absolute))
 
     def clipper(sizes: Any, memory: Any) -> Any:
@@ -86,6 +86,7 @@ def _ratio(rel: jax.Array, least: jax.Array, update: Any, param: Any) -> Any:
         return update
     size = jnp.abs(jnp.asarray(update)).astype(_numerics.accumulator(update))
     bound = rel.astype(size.dtype) * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least.astype(size.dtype)
+    bound = jnp.where(size == 0, 1, bound)
     small = bound < 1
     ratio = jnp.where(small, size, size * _UNIT) / jnp.where(small, bound / _UNIT, bound)
     # What is still beyond the largest number is not to pass for an infinite update.

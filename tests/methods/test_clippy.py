@@ -45,6 +45,17 @@ def test_training_as_the_authors_code_does():
     np.testing.assert_allclose(w["w"], want, rtol=1e-3)
 
 
+@pytest.mark.parametrize(("update", "param", "absolute", "want"), [
+    ([2.0], [-4.0], 0.02, [0.42]), ([-2.0], [4.0], 0.0, [-0.4]), ([-2.0], [0.0], 0.0, [0.0]), ([2.0], [20.0], 0.1, [2.0]),
+    ([1.0, 1.0, 0.0, 0.0], [1.0, 0.1, 1.0, 0.0], 0.0, [0.01, 0.01, 0.0, 0.0]),
+    ([1.0, 1.0, 0.0, 0.0], [1.0, 0.0, 1.0, 0.0], 0.0, [0.0, 0.0, 0.0, 0.0]), ([0.0], [0.0], 0.0, [0.0]),
+])  # fmt: skip
+def test_without_an_absolute_part_a_parameter_at_zero_holds_its_tensor(update, param, absolute, want):
+    update, param = np.float32(update), np.float32(param)
+    tx = optclip.clippy(0.1, absolute)
+    np.testing.assert_allclose(tx.update(update, tx.init(param), param)[0], np.float32(want), rtol=1e-6)
+
+
 def test_schedules_of_both_bounds():
     halve = lambda value: lambda count: np.float32(value) / (1 + count)
     grads = {k: np.repeat(x[:1], 3, axis=0) for k, x in gradients.healthy(1).items()}
