@@ -127,9 +127,8 @@ def _pass(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 def _judge(
-    judge: Any, updates: Any, state: ClipState, stuck: jax.Array, params: Any,
-    extra: Any,
-) -> tuple[Any, jax.Array, jax.Array]:  # fmt: skip
+    judge: Any, updates: Any, state: ClipState, stuck: jax.Array, params: Any, extra: Any
+) -> tuple[Any, jax.Array, jax.Array]:
     """The state of the judge after this step, whether any size is beyond its limit, whether all are finite."""
     start = state._replace(rule=keep(stuck, judge.init(updates).rule, state.rule))
     seen: Any = judge.update(updates, start, params, **extra)[1]

@@ -154,11 +154,11 @@ def _weighted(term: Term, label: int, coefs: jax.Array, keep: jax.Array | None) 
     if not arrays:
         weights = Dense(coefs.astype(wide(coefs.dtype)), (label,))
         return dataclasses.replace(term, factors=(*factors, weights))
-    if len(factors) == 1 and set(factors[0].labels) == {label, *term.kept}:
+    if len(factors) == 1:
         return dataclasses.replace(term, factors=(_weighted_rows(factors[0], coefs),))
     # The coefficient goes into the factor that the product has to transpose anyway.
-    i = leader(term)
-    i = i if i in arrays else arrays[0]
+    lead = leader(term)
+    i = lead if lead in arrays else arrays[0]
     array = factors[i].array
     product = _along(coefs, array).astype(wide(array.dtype)) * array
     factors[i] = dataclasses.replace(factors[i], array=product.astype(array.dtype))

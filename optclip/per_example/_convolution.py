@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -102,20 +103,18 @@ def convolution(eqn: JaxprEqn, x: Any, g: Any) -> Factored | None:
     return Factored((term,), out.shape, out.dtype)
 
 
-def _cut(geometry: _Geometry, x: jax.Array, axis: int, position: int, shift: int = 0) -> jax.Array:
-    """What a position along one axis of the kernel sees of x, whose axes from ``before`` on are moved by ``shift``."""
-    dim, start = geometry.dims[axis], geometry.starts[axis][position]
-    at = dim + shift if dim >= geometry.before else dim
-    return jax.lax.slice_in_dim(x, start, start + geometry.extent[dim], geometry.steps[dim], at)
+def _cut(geometry: _Geometry, x: jax.Array, positions: Iterable[tuple[int, int]], shift: int = 0) -> jax.Array:
+    """What pairs of an axis and a position of the kernel see of x, whose axes from ``before`` on moved by ``shift``."""
+    for axis, y in positions:
+        dim, start = geometry.dims[axis], geometry.starts[axis][y]
+        at = dim + shift if dim >= geometry.before else dim
+        x = jax.lax.slice_in_dim(x, start, start + geometry.extent[dim], geometry.steps[dim], at)
+    return x
 
 
 def _patches(geometry: _Geometry, x: jax.Array) -> Dense:
-    pieces = []
-    for position in itertools.product(*map(range, geometry.kernel)):
-        piece = x
-        for axis, y in enumerate(position):
-            piece = _cut(geometry, piece, axis, y)
-        pieces.append(piece.reshape(geometry.split))
+    positions = itertools.product(*map(range, geometry.kernel))
+    pieces = [_cut(geometry, x, enumerate(position)).reshape(geometry.split) for position in positions]
     where, stack = geometry.where, jnp.stack(pieces, geometry.where)
     array = stack.reshape(*stack.shape[:where], *geometry.kernel, *stack.shape[where + 1 :])
     return Dense(array, (*geometry.labels_x[:where], *geometry.window, *geometry.labels_x[where:]))
@@ -123,26 +122,19 @@ def _patches(geometry: _Geometry, x: jax.Array) -> Dense:
 
 def _by_example(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
     """One example after the other: what is copied of it stays in the cache. XLA:CPU is slow at grouped convolutions."""
-
-    @jax.custom_batching.sequential_vmap
-    def product(x: jax.Array, g: jax.Array) -> jax.Array:
-        return _by_row(geometry, order, x, g)
-
-    return product(x, g)
+    return jax.custom_batching.sequential_vmap(functools.partial(_by_row, geometry, order))(x, g)
 
 
 def _by_row(geometry: _Geometry, order: tuple[int, ...], x: jax.Array, g: jax.Array) -> jax.Array:
     if not geometry.kernel:
         return einsum([_patches(geometry, x), Dense(g, geometry.labels_g)], order, geometry.precision)
     *outer, last = range(len(geometry.kernel))
-    pieces = jnp.stack([_cut(geometry, x, last, y) for y in range(geometry.kernel[last])], geometry.before)
+    pieces = jnp.stack([_cut(geometry, x, [(last, y)]) for y in range(geometry.kernel[last])], geometry.before)
     where, above = geometry.where, geometry.window[:last]
     labels = (*geometry.labels_x[:where], geometry.window[last], *geometry.labels_x[where:])
     rest, rows = tuple(label for label in order if label not in above), []
     for position in itertools.product(*(range(geometry.kernel[axis]) for axis in outer)):
-        row = pieces
-        for axis, y in zip(outer, position, strict=True):
-            row = _cut(geometry, row, axis, y, shift=1)
+        row = _cut(geometry, pieces, zip(outer, position, strict=True), shift=1)
         row = row.reshape(*geometry.split[:where], geometry.kernel[last], *geometry.split[where:])
         rows.append(einsum([Dense(row, labels), Dense(g, geometry.labels_g)], rest, geometry.precision))
     at = order.index(geometry.window[0])

@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from optclip import per_example as pe
-from optclip.per_example import _convolution, _norms
+from optclip.per_example import _batch, _convolution, _norms
 from optclip.per_example._labels import regroup
-from optclip.per_example._terms import Axis, Dense, OneHot, Term, materialize_term
+from optclip.per_example._terms import Axis, Dense, Factored, OneHot, Term, materialize_term
 
 from . import zoo
 from .test_exact import compare
@@ -100,6 +100,15 @@ def test_dot_general_in_every_order(seed, x64):
     batch = jnp.asarray(random.randn(3, *(sizes[i] for i in x)))
     loss = lambda w, x: jnp.sum(jnp.sin(jnp.einsum(spec, x[0], w)) + jnp.cos(jnp.einsum(swapped, w, x[0])))
     compare(loss, params, batch, 1e-10)
+
+
+def test_an_array_alone_is_summed_in_float32():
+    """Over examples and over steps, also if it is narrower."""
+    random = np.random.RandomState(0)
+    array, coefs = jnp.asarray(random.randn(8, 3, 5), jnp.bfloat16), jnp.asarray(random.rand(8), jnp.float32)
+    value = Factored((Term((Dense(array, (0, 1, 2)),), (Axis((2,)),)),), (5,), jnp.bfloat16)
+    wanted = np.einsum("n,ntd->d", np.asarray(coefs, np.float64), np.asarray(array, np.float64))
+    np.testing.assert_allclose(_batch.contract(value, 0, coefs, None), wanted, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["convolution", "convolution_1d_3d", "depthwise_and_shared_convolution"])
