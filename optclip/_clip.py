@@ -17,7 +17,7 @@ import optax
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import Threshold, fixed
 from optclip._transformation import transformation
-from optclip._vectors import apart
+from optclip._vectors import apart, stack
 from optclip.measures import Measure, Sizes, Updates
 from optclip.responses import Response, factors, multiplied, rescale
 
@@ -136,7 +136,7 @@ def _factors(factor: Any, pairs: list[Any]) -> list[Any]:
         alike.setdefault(kind, {})[ids] = size, limit
     made = {}
     for found in alike.values():
-        size, limit = (jnp.stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
+        size, limit = (stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
         dtype = _numerics.accumulator(size, limit)
         one = factor(size.astype(dtype), limit.astype(dtype))
         made |= zip(found, map(factors, apart(one) if len(found) > 1 else [one]), strict=True)

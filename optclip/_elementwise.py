@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _mesh, _numerics
+from optclip._vectors import stack
 
 
 def zeros(tree: Any, *, complex: bool = False) -> Any:
@@ -30,7 +31,7 @@ def counts(tree: Any) -> jax.Array:
 def finite(leaves: list[Any]) -> jax.Array:
     """For each leaf whether all of it is finite, on every device: bool[leaves]."""
     odd = [jnp.any(~jnp.isfinite(x)) if _numerics.is_gradient(x) else jnp.zeros((), bool) for x in leaves]
-    return ~_mesh.agree(jnp.stack(odd)) if odd else jnp.zeros(0, bool)
+    return ~_mesh.agree(stack(odd)) if odd else jnp.zeros(0, bool)
 
 
 def root_mean(decay: Any, rms: jax.Array, value: jax.Array) -> jax.Array:

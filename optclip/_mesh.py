@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
 
+from optclip._vectors import concatenate
+
 AxisName = Any  # None (read the types), a name, a tuple of names, a prefix tree of these, or a function making one
 
 _local = threading.local()
@@ -174,7 +176,7 @@ def all_reduce(parts: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], op: 
         if not names:
             continue
         flat = [_once(jnp.ravel(parts[i]), [a for a in names if a not in axes[i]]) for i in rows]
-        packed = jnp.concatenate(flat) if len(flat) > 1 else flat[0]
+        packed = concatenate(flat) if len(flat) > 1 else flat[0]
         if op == "sum":
             packed = lax.psum(packed, names)
         else:  # the largest of a NaN and a number is often the number, from device to device

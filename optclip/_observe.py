@@ -10,6 +10,7 @@ from optclip import _checks, _course, _mesh, sketch
 from optclip._clip import cast_tree
 from optclip._course import Course
 from optclip._transformation import transformation
+from optclip._vectors import concatenate, stack
 from optclip.measures import Measure, leaf_norm
 from optclip.sketch import Sketch
 from optclip.stats import path_string, plain, recorded, rows
@@ -119,7 +120,7 @@ def observe(
 
     def update(updates: Any, state: ObserveState, params: Any = None, **extra: Any) -> tuple[Any, ObserveState]:
         sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(measure(updates))]
-        parts = jnp.concatenate(sizes) if sizes else state.share
+        parts = concatenate(sizes) if sizes else state.share
         norm = _root_of_squares(parts)
         updates, after = within.update(updates, state.inner, params, **extra)
         seen = _see(state, norm, parts)._replace(inner=after)
@@ -207,7 +208,7 @@ def _remember(state: ObserveState, norm: jax.Array, parts: jax.Array, inner: Any
     limit, clipped = jnp.float32(jnp.inf), jnp.zeros((), bool)
     tables = [rows(clipper) for _, clipper in recorded(inner)]
     for table in filter(None, tables[:1]):
-        clipped = jnp.any(jnp.stack([jnp.any(~(size <= limit)) for _, size, limit in table]))
+        clipped = jnp.any(stack([jnp.any(~(size <= limit)) for _, size, limit in table]))
         if len(table) == 1 and jnp.size(table[0][1]) == 1:  # otherwise there is no one limit to draw
             limit = jnp.reshape(table[0][2], ())
     at = state.course.step % state.recent.norm.shape[0]

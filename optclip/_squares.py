@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._vectors import apart, pack
+from optclip._vectors import apart, in_groups, pack
 
 # Leaves below so many elements are packed. Alone, each takes XLA:CPU three fusions; from here on, one.
 SMALL = 4096
@@ -87,8 +87,7 @@ def _packed(arrays: list[jax.Array], meshed: bool) -> list[jax.Array]:
         alike = jax.typeof(x) if meshed else (x.dtype, _mesh.varying_axes(x))
         kinds.setdefault(alike if x.size < SMALL else i, []).append(x)
     join = jnp.stack if meshed else lambda same: jnp.concatenate([jnp.ravel(x) for x in same])
-    packed = [same[0] if len(same) == 1 else join(same) for same in kinds.values()]
-    return packed
+    return [same[0] if len(same) == 1 else join(same) for alike in kinds.values() for same in in_groups(alike)]
 
 
 def _sum(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
@@ -115,7 +114,8 @@ def _stacked(slots: list[Slot]) -> list[Slot]:
         Slot([jnp.stack([jnp.ravel(slot.arrays[0]) for slot in same])], (1,), tuple(s.groups[0] for s in same), ())
         if len(same) > 1
         else same[0]
-        for same in kinds.values()
+        for alike in kinds.values()
+        for same in in_groups(alike)
     ]
 
 
@@ -179,8 +179,16 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     def again(carry: Any) -> jax.Array:
         turn, sizes = carry
         # 1: the next turn is wanted, for what may be too small; 2: also the one after it, for what is too large.
-        codes = [jnp.where(n < low, 1.0, jnp.where(n > high, 2.0, 0.0)).astype(dtype) for n in sizes if n.size]
-        wanted = functools.reduce(jnp.maximum, [_short(code, jnp.max) for code in codes], jnp.zeros((), dtype))
+        # Sizes of one shape are looked at together: half the time to compile AGC's loops. Not where shards would move.
+        kinds: dict[Any, list[jax.Array]] = {}
+        for i, n in enumerate(sizes):
+            kinds.setdefault(i if meshed else jax.typeof(n), []).append(n)
+        wanted = jnp.zeros((), dtype)
+        for same in [some for alike in kinds.values() for some in in_groups(alike, 16) if alike[0].size]:
+            small = functools.reduce(lax.bitwise_or, [n < low for n in same])
+            large = functools.reduce(lax.bitwise_or, [n > high for n in same])
+            code = jnp.where(large, 2.0, jnp.where(small, 1.0, 0.0)).astype(dtype)
+            wanted = jnp.maximum(wanted, _short(code, jnp.max))
         return wanted >= turn.astype(dtype)
 
     def start(slot: Slot) -> jax.Array:

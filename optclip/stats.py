@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip._clip import ClipState
+from optclip._vectors import concatenate
 from optclip._wrappers.nonfinite import SkipState
 from optclip._wrappers.spikes import SpikeState
 from optclip._wrappers.zero import ZeroState
@@ -151,11 +152,11 @@ def _flat(table: list[tuple[str, Any, Any]]) -> tuple[jax.Array, jax.Array]:
     """All sizes, and all limits, as vectors."""
     sizes = [jnp.ravel(s) for _, s, _ in table]
     limits = [jnp.ravel(jnp.broadcast_to(x, jnp.shape(s))) for _, s, x in table]
-    return jnp.concatenate(sizes), jnp.concatenate(limits)
+    return concatenate(sizes), concatenate(limits)
 
 
 def _row_of(table: list[tuple[str, Any, Any]]) -> jax.Array:
-    return jnp.concatenate([jnp.full(jnp.size(s), i, jnp.int32) for i, (_, s, _) in enumerate(table)])
+    return concatenate([jnp.full(jnp.size(s), i, jnp.int32) for i, (_, s, _) in enumerate(table)])
 
 
 def recorded(opt_state: Any) -> list[tuple[str, ClipState]]:

@@ -43,6 +43,10 @@ def cost(tx: Any, tree: Any) -> dict[str, float]:
     }
 
 
+def text(tx: Any, tree: Any) -> str:
+    return jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree), tree).compile().as_text()
+
+
 def size(tree: Any) -> int:
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
@@ -114,6 +118,20 @@ def test_per_leaf_rules_cost_no_more_than_the_static_clip(tx: Any):
 def test_fusions_grow_with_the_leaves():
     few, many = (cost(optclip.clip_by_global_norm(1.0), small(n))["fusions"] for n in (20, 120))
     assert many - few == 100
+
+
+@pytest.mark.parametrize("tx", [optclip.skip_nonfinite(optax.sgd(0.1)), optclip.skip_spikes(optax.sgd(0.1))])
+def test_a_guard_decides_once(tx: Any):
+    few, many = (len(text(tx, small(n))) for n in (10, 40))
+    assert many <= 4.4 * few
+
+
+@pytest.mark.parametrize(
+    "tx", [optclip.clip_by_global_norm(1.0), optclip.adagc(), optclip.skip_nonfinite(optax.sgd(0.1))]
+)
+def test_no_kernel_joins_all_leaves(tx: Any):
+    joins = re.findall(r" concatenate\(([^)]*)\)", text(tx, small(300)))
+    assert joins and max(operands.count(",") for operands in joins) < 128
 
 
 @pytest.mark.parametrize("n", [10, 100])

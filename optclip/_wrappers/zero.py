@@ -9,6 +9,7 @@ import optax
 
 from optclip import _mesh, _numerics
 from optclip._transformation import transformation
+from optclip._vectors import stack
 
 _MOST = 2**31 - 1
 
@@ -70,7 +71,7 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
         seen = jnp.zeros(3, jnp.float32)
         if rows:
             counts = _mesh.all_reduce([_count(jnp.asarray(x)) for x, _ in rows], [a for _, a in rows])
-            seen = jnp.sum(jnp.stack(counts), axis=0)
+            seen = jnp.sum(stack(counts), axis=0)
         totals = [_add(old, n) for old, n in zip(state[:3], seen, strict=True)]
         return jax.tree.map(_finite_part, updates), ZeroState(*totals, last=_add(jnp.zeros_like(state.last), sum(seen)))
 
