@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._vectors import apart, in_groups, pack
+from optclip._vectors import alike, apart, pack
 
 # Leaves below so many elements are packed. Alone, each takes XLA:CPU three fusions; from here on, one.
 SMALL = 4096
@@ -82,12 +82,10 @@ def _slots(leaves: Sequence[jax.Array], plan: Plan) -> list[Slot]:
 
 def _packed(arrays: list[jax.Array], meshed: bool) -> list[jax.Array]:
     """Small arrays as one; under a mesh only those of one type, side by side, for to concatenate would move shards."""
-    kinds: dict[Any, list[jax.Array]] = {}
-    for i, x in enumerate(arrays):
-        alike = jax.typeof(x) if meshed else (x.dtype, _mesh.varying_axes(x))
-        kinds.setdefault(alike if x.size < SMALL else i, []).append(x)
+    kind = jax.typeof if meshed else lambda x: (x.dtype, _mesh.varying_axes(x))
+    kinds = [kind(x) if x.size < SMALL else i for i, x in enumerate(arrays)]
     join = jnp.stack if meshed else lambda same: jnp.concatenate([jnp.ravel(x) for x in same])
-    return [same[0] if len(same) == 1 else join(same) for alike in kinds.values() for same in in_groups(alike)]
+    return [same[0] if len(same) == 1 else join(same) for same in alike(arrays, kinds)]
 
 
 def _sum(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
@@ -105,17 +103,15 @@ def _sum(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
 
 def _stacked(slots: list[Slot]) -> list[Slot]:
     """Small leaves of one shape as the rows of one array: a third of the time for a hundred of them, and one kernel."""
-    kinds: dict[Any, list[Slot]] = {}
-    for i, slot in enumerate(slots):
-        x = slot.arrays[0]
-        small = len(slot.arrays) == 1 and x.size < SMALL
-        kinds.setdefault((x.size, x.dtype, _mesh.varying_axes(x)) if small else i, []).append(slot)
+    kinds = [
+        (x.size, x.dtype, _mesh.varying_axes(x)) if len(slot.arrays) == 1 and x.size < SMALL else i
+        for i, (slot, x) in enumerate((slot, slot.arrays[0]) for slot in slots)
+    ]
     return [
         Slot([jnp.stack([jnp.ravel(slot.arrays[0]) for slot in same])], (1,), tuple(s.groups[0] for s in same), ())
         if len(same) > 1
         else same[0]
-        for alike in kinds.values()
-        for same in in_groups(alike)
+        for same in alike(slots, kinds)
     ]
 
 
@@ -179,12 +175,11 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     def again(carry: Any) -> jax.Array:
         turn, sizes = carry
         # 1: the next turn is wanted, for what may be too small; 2: also the one after it, for what is too large.
-        # Sizes of one shape are looked at together: half the time to compile AGC's loops. Not where shards would move.
-        kinds: dict[Any, list[jax.Array]] = {}
-        for i, n in enumerate(sizes):
-            kinds.setdefault(i if meshed else jax.typeof(n), []).append(n)
+        # Sizes of one shape are looked at together: AGC on 50 kernels compiles in 0.8 s instead of 1.2 s. Not where
+        # shards would move.
+        some = [n for n in sizes if n.size]
         wanted = jnp.zeros((), dtype)
-        for same in [some for alike in kinds.values() for some in in_groups(alike, 16) if alike[0].size]:
+        for same in alike(some, range(len(some)) if meshed else map(jax.typeof, some), 16):
             small = functools.reduce(lax.bitwise_or, [n < low for n in same])
             large = functools.reduce(lax.bitwise_or, [n > high for n in same])
             code = jnp.where(large, 2.0, jnp.where(small, 1.0, 0.0)).astype(dtype)

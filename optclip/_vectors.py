@@ -1,7 +1,6 @@
 """Many numbers as one vector, so that a program for a thousand leaves is not a thousand programs."""
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,15 +12,19 @@ from jax import lax
 WIDTH = 128
 
 
-def in_groups(arrays: Sequence[Any], most: int = WIDTH) -> list[Sequence[Any]]:
-    """At most so many of them each."""
-    return [arrays[i : i + most] for i in range(0, len(arrays), most)]
+def alike(items: Iterable[Any], kinds: Iterable[Hashable], most: int = WIDTH) -> list[list[Any]]:
+    """The items of equal kind, at most so many together."""
+    found: dict[Hashable, list[Any]] = {}
+    for item, kind in zip(items, kinds, strict=True):
+        found.setdefault(kind, []).append(item)
+    return [same[i : i + most] for same in found.values() for i in range(0, len(same), most)]
 
 
 def concatenate(arrays: Sequence[jax.Array]) -> jax.Array:
     """The arrays one after the other, however many."""
     while len(arrays) > WIDTH:
-        arrays = lax.optimization_barrier([jnp.concatenate(group) for group in in_groups(arrays)])
+        groups = [arrays[i : i + WIDTH] for i in range(0, len(arrays), WIDTH)]
+        arrays = lax.optimization_barrier([jnp.concatenate(group) for group in groups])
     return jnp.concatenate(arrays)
 
 
@@ -57,12 +60,11 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     if jax.default_backend() != "cpu":
         return _split(vector)
     # A place is a sum of two of these, for a loop that carried a thousand would be slow to compile itself.
-    base = math.isqrt(vector.size - 1) + 1 if vector.size else 1
-    low, high = ([jnp.uint32(i) for i in places] for places in (range(base), range(0, vector.size, base)))
+    low, high = ([jnp.uint32(i) for i in places] for places in (range(32), range(0, vector.size, 32)))
     never = lambda carry: (carry[0][0] < 0) & (carry[0][0] >= 0)
     turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
     vector, low, high = lax.while_loop(never, turn, (vector, low, high))
-    return [_number(vector, high[i // base], low[i % base]) for i in range(vector.size)]
+    return [_number(vector, high[i // 32], low[i % 32]) for i in range(vector.size)]
 
 
 @partial(jax.jit, inline=True)  # traced once

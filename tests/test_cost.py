@@ -43,7 +43,7 @@ def cost(tx: Any, tree: Any) -> dict[str, float]:
     }
 
 
-def text(tx: Any, tree: Any) -> str:
+def program(tx: Any, tree: Any) -> str:
     return jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree), tree).compile().as_text()
 
 
@@ -122,7 +122,7 @@ def test_fusions_grow_with_the_leaves():
 
 @pytest.mark.parametrize("tx", [optclip.skip_nonfinite(optax.sgd(0.1)), optclip.skip_spikes(optax.sgd(0.1))])
 def test_a_guard_decides_once(tx: Any):
-    few, many = (len(text(tx, small(n))) for n in (10, 40))
+    few, many = (len(program(tx, small(n))) for n in (10, 40))
     assert many <= 4.4 * few
 
 
@@ -130,7 +130,7 @@ def test_a_guard_decides_once(tx: Any):
     "tx", [optclip.clip_by_global_norm(1.0), optclip.adagc(), optclip.skip_nonfinite(optax.sgd(0.1))]
 )
 def test_no_kernel_joins_all_leaves(tx: Any):
-    joins = re.findall(r" concatenate\(([^)]*)\)", text(tx, small(300)))
+    joins = re.findall(r" concatenate\(([^)]*)\)", program(tx, small(300)))
     assert joins and max(operands.count(",") for operands in joins) < 128
 
 
