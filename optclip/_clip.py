@@ -137,14 +137,19 @@ def _factors(factor: Any, pairs: list[Any]) -> list[Any]:
     made = {}
     for found in alike.values():
         size, limit = (stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
-        dtype = _numerics.accumulator(size, limit)
-        one = factor(size.astype(dtype), limit.astype(dtype))
+        one = _factor(factor, size, limit)
         made |= zip(found, map(factors, apart(one) if len(found) > 1 else [one]), strict=True)
     return [made[id(size), id(limit)] for size, limit in pairs]
 
 
 # Inlined, these leave no mark in the program, but leaves of one shape are traced once: tracing the clip of GPT-2's 148
 # leaves takes 0.16 s instead of 0.26 s.
+@partial(jax.jit, static_argnums=0, inline=True)
+def _factor(factor: Any, size: jax.Array, limit: jax.Array) -> jax.Array:
+    dtype = _numerics.accumulator(size, limit)
+    return factor(size.astype(dtype), limit.astype(dtype))
+
+
 @partial(jax.jit, inline=True)
 def _multiply(update: Any, same: jax.Array, first: jax.Array, second: jax.Array) -> Any:
     update = jnp.asarray(update)

@@ -25,6 +25,7 @@ response        new size                       grows
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -54,6 +55,7 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(size), limit, jnp.nan)
 
 
+@partial(jax.jit, inline=True)  # traced once
 def factors(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `multiplied` takes: whether the factor of `_quotient` is exactly 1, and the two it is made of."""
     second = jnp.where(factor < 0, jnp.where(factor < -1, 2.0**126, 2.0**-64), 1.0).astype(factor.dtype)

@@ -19,7 +19,7 @@ FLOORS = [  # each may import from the floors before it, and from its own; metho
     {"_observe", "_advise", "_plot", "per_example", "flax"},
     {"__init__"},
 ]
-LONGEST = 300
+LONGEST = 290
 ALLOWED = {"jax", "optax", "numpy", "optclip", *sys.stdlib_module_names}
 OPTIONAL = {"_plot.py": {"matplotlib"}, "flax.py": {"flax"}}  # inside functions, or in a room one enters by name
 
@@ -110,7 +110,7 @@ def test_files_and_functions_stay_short(path):
         if isinstance(node, ast.FunctionDef):
             body = node.body[1:] if ast.get_docstring(node) else node.body
             length = (body[-1].end_lineno - body[0].lineno + 1) if body else 0
-            assert length <= 60, f"{node.name} has {length} lines"
+            assert length <= 52, f"{node.name} has {length} lines"
 
 
 def test_importing_optclip_loads_neither_flax_nor_matplotlib():
