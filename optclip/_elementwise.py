@@ -30,7 +30,7 @@ def counts(tree: Any) -> jax.Array:
 
 def finite(leaves: list[Any]) -> jax.Array:
     """For each leaf whether all of it is finite, on every device: bool[leaves]."""
-    odd = [jnp.any(~jnp.isfinite(x)) if _numerics.is_gradient(x) else jnp.zeros((), bool) for x in leaves]
+    odd = [~_numerics.finite(x) if _numerics.is_gradient(x) else jnp.zeros((), bool) for x in leaves]
     return ~_mesh.agree(stack(odd)) if odd else jnp.zeros(0, bool)
 
 

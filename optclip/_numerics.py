@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend.core import primitives
 
 from optclip import _mesh, _squares
@@ -55,6 +56,14 @@ def over(x: jax.Array, largest: jax.Array) -> jax.Array:
     return (x * half) / (largest * half)
 
 
+def finite(x: Any) -> jax.Array:
+    """Whether all of a gradient leaf is finite: a boolean."""
+    x = jnp.asarray(x)
+    if jax.default_backend() == "cpu":
+        return jnp.isfinite(_squares.scaled_down(x, accumulator(x)))
+    return jnp.all(jnp.isfinite(x))
+
+
 def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array]:
     """The p-norm of each group of leaves, p = ``ord`` > 0 or infinity.
 
@@ -76,14 +85,17 @@ def _measured(leaves: tuple[jax.Array, ...], ord: float, plan: Plan, backend: st
     dtype = accumulator(*leaves)
     if ord == 2:
         return tuple(_squares.norms(leaves, plan, dtype))
-    sizes = [_magnitude(x, dtype) for x in leaves]
+    # Behind a barrier, for two passes that share the wide form of a leaf make XLA:CPU store it: twice the gradient for
+    # bfloat16. The clip itself is one of them.
+    sizes = [_magnitude(x, dtype) for x in map(lax.optimization_barrier, leaves)]
     if ord == 1:
         return tuple(_reduce(sizes, plan, "sum"))
     largest = _maxima(leaves, sizes, plan)
     if ord == np.inf:
         return tuple(largest)
     safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
-    powers = _reduce([over(m, safe[g]) ** ord for m, g in zip(sizes, plan.group, strict=True)], plan, "sum")
+    tied = [lax.optimization_barrier((x, safe[g])) for x, g in zip(leaves, plan.group, strict=True)]
+    powers = _reduce([over(_magnitude(x, dtype), m) ** ord for x, m in tied], plan, "sum")
     return tuple(jnp.where(jnp.isfinite(m), m * s ** (1 / ord), m) for m, s in zip(largest, powers, strict=True))
 
 

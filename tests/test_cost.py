@@ -67,10 +67,27 @@ def test_no_memory_beside_the_gradient():
 
 
 @one_pass
-@pytest.mark.parametrize("tx", [optclip.clip_by_global_norm(1.0), optclip.adaptive_grad_clip(0.01)])
+@pytest.mark.parametrize(
+    "tx", [*(optclip.clip_by_global_norm(1.0, ord=p) for p in (1, 2, jnp.inf)), optclip.adaptive_grad_clip(0.01)]
+)
 def test_bfloat16_is_not_widened_in_memory(tx: Any):
     tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), gpt2(layers=3))
     assert cost(tx, tree)["temp"] < 0.01 * size(tree)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_counting_what_is_not_finite_copies_no_gradient(dtype: Any):
+    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), gpt2(layers=3))
+    step = jax.jit(optclip.zero_nonfinite().update, donate_argnums=(0, 1))
+    text = step.lower(tree, jax.eval_shape(optclip.zero_nonfinite().init, tree)).compile().as_text()
+    assert " conditional(" in text and not re.findall(r"\[\d+,\d+\]\S* copy\(", text)
+
+
+@one_pass
+def test_looking_for_what_is_not_finite_stores_no_flags():
+    tree = gpt2(layers=3)
+    text = program(optclip.skip_nonfinite(optax.identity()), tree)
+    assert not re.findall(r"pred\[\d+,\d+\]\S* fusion", text)
 
 
 @pytest.mark.parametrize("tree", [gpt2(), small(300)], ids=["gpt2", "small"])

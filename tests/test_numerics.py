@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -147,3 +148,16 @@ def test_equal_shapes_are_traced_once():
         patch.setattr(_numerics._squares, "norms", counted)
         jax.jit(lambda a, b: (measures.unit_norm(a), measures.unit_norm(b)))(tree, tree)
     assert count == 1
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e5m2, np.complex64])
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (70, 700)])
+def test_finite_tells_the_largest_number_from_infinity(dtype, shape):
+    top = float(ml_dtypes.finfo(np.float32 if dtype == np.complex64 else dtype).max)
+    look = jax.jit(_numerics.finite)
+    assert look(np.full(shape, top).astype(dtype)) and look(np.full(shape, -top).astype(dtype))
+    if 0 not in shape:
+        for bad in (np.nan, np.inf, -np.inf):
+            x = np.full(shape, top).astype(dtype)
+            x.reshape(-1)[-1] = bad
+            assert not look(x), bad

@@ -19,8 +19,8 @@ def any_of(flags: list[jax.Array]) -> jax.Array:
 
 
 def nonfinite(tree: Any) -> list[jax.Array]:
-    """Where the gradients of a tree are not finite."""
-    return [~jnp.isfinite(x) for x in jax.tree.leaves(tree) if _numerics.is_gradient(x)]
+    """For each gradient of a tree whether any of it is not finite."""
+    return [~_numerics.finite(x) for x in jax.tree.leaves(tree) if _numerics.is_gradient(x)]
 
 
 def withhold(bad: jax.Array, updates: Any, fill: Any = 0.0) -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optclip import _checks, _mesh, _numerics
 from optclip._transformation import transformation
@@ -78,7 +79,7 @@ def skip_nonfinite(
 
     def update(updates: Any, state: SkipState, params: Any = None, **extra: Any) -> tuple[Any, SkipState]:
         after, inner_state = guarded.update(updates, state.inner_state, params, **extra)
-        bad = any_of(nonfinite(updates) + nonfinite(after) + _spoiled(inner_state, state.inner_state))
+        bad = any_of([*nonfinite(updates), *nonfinite(after), _spoiled(inner_state, state.inner_state)])
         bad = _mesh.agree(bad, axis_name)
         consecutive = jnp.where(bad, optax.safe_increment(state.consecutive), 0)
         fill = 0.0 if max_consecutive is None else jnp.where(consecutive > max_consecutive, jnp.nan, 0.0)
@@ -88,10 +89,12 @@ def skip_nonfinite(
     return transformation(init, update)
 
 
-def _spoiled(new: Any, old: Any) -> list[jax.Array]:
-    """Where the arrays of the state were finite and no longer are."""
-    pairs = zip(_memories(new), _memories(old), strict=True)
-    return [jnp.isfinite(o) & ~jnp.isfinite(n) for n, o in pairs if _numerics.is_gradient(n)]
+def _spoiled(new: Any, old: Any) -> jax.Array:
+    """Whether an array was finite and no longer is. The old one is read only if the new one is not."""
+    pairs = [(n, o) for n, o in zip(_memories(new), _memories(old), strict=True) if _numerics.is_gradient(n)]
+    odd = any_of([~_numerics.finite(n) for n, _ in pairs])
+    lost = lambda: odd & any_of([jnp.isfinite(o) & ~jnp.isfinite(n) for n, o in pairs])
+    return lax.cond(odd, lost, lambda: odd)
 
 
 _INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
