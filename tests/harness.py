@@ -17,6 +17,12 @@ from tests.cases import CASES, GRADS, PARAMS, Case
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+def half_of_the_cases(turn: int) -> Any:
+    """Parametrizes over every second case; the others are part of the slow run."""
+    rows = [pytest.param(c, marks=() if i % 2 == turn else pytest.mark.slow) for i, c in enumerate(CASES)]
+    return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
+
+
 def cases(**fields: Any) -> Any:
     """Parametrizes over the cases with these values of their fields (or, for a callable, where it holds)."""
     holds = lambda case: all(f(getattr(case, k)) if callable(f) else getattr(case, k) == f for k, f in fields.items())

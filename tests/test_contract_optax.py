@@ -14,7 +14,18 @@ import pytest
 import optclip
 from optclip.stats import recorded
 from tests.cases import CASES, GRADS, PARAMS
-from tests.harness import assert_bits, assert_close, avals, cases, each_case, finite, limit_value, run, standard_run
+from tests.harness import (
+    assert_bits,
+    assert_close,
+    avals,
+    cases,
+    each_case,
+    finite,
+    half_of_the_cases,
+    limit_value,
+    run,
+    standard_run,
+)
 
 MASK = {"dense": True, "head": False}
 
@@ -35,7 +46,7 @@ def test_chains_and_names_change_nothing(case):
     assert set(optclip.summary(state)) == {key.replace("/", "/clipper/", 1) for key in keys}
 
 
-@each_case
+@half_of_the_cases(0)
 def test_masks_groups_and_conditions(case):
     alone, _ = two_steps_of_dense(case)
     masked, _ = two_steps(optax.masked(case.make(), MASK))
@@ -57,7 +68,7 @@ def two_steps_of_dense(case):
     return [update["dense"] for update in updates], states[-1]
 
 
-@each_case
+@half_of_the_cases(1)
 def test_accumulation_and_finiteness_guards(case):
     steps = optax.MultiSteps(case.make(), 2)
     guarded = optax.apply_if_finite(case.make(), 3)

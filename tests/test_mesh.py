@@ -42,8 +42,16 @@ def alone(name: str) -> Any:
     return jax.jit(partial(meshes.run_steps, make(case)))(PARAMS, STACKED)
 
 
-@pytest.mark.parametrize("way", meshes.WAYS)
-@pytest.mark.parametrize("case", CASES, ids=[c.name for c in CASES])
+def ways() -> list[Any]:
+    """Every case in every way; two ways for each case by turns, the others in the slow run."""
+    return [
+        pytest.param(case, way, id=f"{case.name}-{way}", marks=() if (i + j) % 5 in (0, 2) else pytest.mark.slow)
+        for i, case in enumerate(CASES)
+        for j, way in enumerate(meshes.WAYS)
+    ]
+
+
+@pytest.mark.parametrize(("case", "way"), ways())
 def test_the_numbers_of_one_device(case: Case, way: str):
     on, whole, units = meshes.WAYS[way]
     updates, numbers = on(partial(meshes.run_steps, make(case, whole, units)), PARAMS, STACKED)

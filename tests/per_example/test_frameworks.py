@@ -49,6 +49,7 @@ def test_linen_transformer(scan, remat, tied):
     compare(lambda p, ids: cross_entropy(model.apply(p, ids), ids), params, IDS, 2e-5)
 
 
+@pytest.mark.slow
 def test_linen_convolutions_and_dropout():
     import flax.linen as nn
 
@@ -73,6 +74,7 @@ def test_linen_convolutions_and_dropout():
     assert len(np.unique(seen.losses)) == 4  # the same image, four masks
 
 
+@pytest.mark.slow
 def test_linen_lstm():
     import flax.linen as nn
 
