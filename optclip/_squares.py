@@ -70,7 +70,7 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
 def scaled_down(x: jax.Array, dtype: Any) -> jax.Array:
     """The sum of squares of all of x, at a scale where it is finite if x is.
 
-    One read at memory speed; to test each number and reduce the flags takes XLA:CPU 8 times as long.
+    One read at memory speed; to test each number and reduce the flags takes XLA:CPU two to three times as long.
     """
     scale = jnp.asarray(1 / _far(dtype), dtype)
     x, scale = lax.optimization_barrier((x, scale)) if x.dtype != dtype else (x, lax.optimization_barrier(scale))

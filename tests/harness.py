@@ -17,9 +17,14 @@ from tests.cases import CASES, GRADS, PARAMS, Case
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
+def row(*values: Any, ordinary: bool, id: str | None = None) -> Any:
+    """A row of a matrix that is too wide for the ordinary run: part of that, or of the slow run alone."""
+    return pytest.param(*values, id=id, marks=() if ordinary else pytest.mark.slow)
+
+
 def half_of_the_cases(turn: int) -> Any:
     """Parametrizes over every second case; the others are part of the slow run."""
-    rows = [pytest.param(c, marks=() if i % 2 == turn else pytest.mark.slow) for i, c in enumerate(CASES)]
+    rows = [row(case, ordinary=i % 2 == turn) for i, case in enumerate(CASES)]
     return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
 
 

@@ -28,23 +28,26 @@ def gpt2(layers: int = 12, d: int = 768, vocabulary: int = 50257) -> dict[str, A
     }
 
 
+def in_dtype(dtype: Any, tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), tree)
+
+
 def small(n: int) -> list[Any]:
     return [Shape((1000,))] * n
 
 
+def compiled(tx: Any, tree: Any, donate: tuple[int, ...] = ()) -> Any:
+    return jax.jit(tx.update, donate_argnums=donate).lower(tree, jax.eval_shape(tx.init, tree), tree).compile()
+
+
 def cost(tx: Any, tree: Any) -> dict[str, float]:
-    step = jax.jit(lambda u, s, p: tx.update(u, s, p), donate_argnums=(0, 1))
-    compiled = step.lower(tree, jax.eval_shape(tx.init, tree), tree).compile()
-    analysis = compiled.cost_analysis()
+    program = compiled(tx, tree, donate=(0, 1))
+    analysis = program.cost_analysis()
     return {
         "bytes": (analysis[0] if isinstance(analysis, list) else analysis)["bytes accessed"],
-        "fusions": len(re.findall(r" fusion\(", compiled.as_text())),
-        "temp": compiled.memory_analysis().temp_size_in_bytes,
+        "fusions": len(re.findall(r" fusion\(", program.as_text())),
+        "temp": program.memory_analysis().temp_size_in_bytes,
     }
-
-
-def program(tx: Any, tree: Any) -> str:
-    return jax.jit(tx.update).lower(tree, jax.eval_shape(tx.init, tree), tree).compile().as_text()
 
 
 def size(tree: Any) -> int:
@@ -71,22 +74,19 @@ def test_no_memory_beside_the_gradient():
     "tx", [*(optclip.clip_by_global_norm(1.0, ord=p) for p in (1, 2, jnp.inf)), optclip.adaptive_grad_clip(0.01)]
 )
 def test_bfloat16_is_not_widened_in_memory(tx: Any):
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), gpt2(layers=3))
+    tree = in_dtype(jnp.bfloat16, gpt2(layers=3))
     assert cost(tx, tree)["temp"] < 0.01 * size(tree)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_counting_what_is_not_finite_copies_no_gradient(dtype: Any):
-    tree = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), gpt2(layers=3))
-    step = jax.jit(optclip.zero_nonfinite().update, donate_argnums=(0, 1))
-    text = step.lower(tree, jax.eval_shape(optclip.zero_nonfinite().init, tree)).compile().as_text()
+    text = compiled(optclip.zero_nonfinite(), in_dtype(dtype, gpt2(layers=3)), donate=(0, 1)).as_text()
     assert " conditional(" in text and not re.findall(r"\[\d+,\d+\]\S* copy\(", text)
 
 
 @one_pass
 def test_looking_for_what_is_not_finite_stores_no_flags():
-    tree = gpt2(layers=3)
-    text = program(optclip.skip_nonfinite(optax.identity()), tree)
+    text = compiled(optclip.skip_nonfinite(optax.identity()), gpt2(layers=3)).as_text()
     assert not re.findall(r"pred\[\d+,\d+\]\S* fusion", text)
 
 
@@ -104,9 +104,7 @@ def test_the_program_of_a_global_norm_is_shorter_than_optax(tree: Any):
 @pytest.mark.parametrize("tx", [optclip.clip_by_leaf_norm(1.0), optclip.adagc()])
 def test_kernels_of_leaves_are_alike(tx: Any):
     """The compiler makes equal kernels once; of a hundred that differ in a constant each takes it 10 ms."""
-    tree = small(100)
-    state = jax.eval_shape(tx.init, tree)
-    text = jax.jit(tx.update, donate_argnums=(0, 1)).lower(tree, state).compile().as_text()
+    text = compiled(tx, small(100), donate=(0, 1)).as_text()
     kernels = [part for part in re.split(r"\n(?=\S)", text) if part.startswith("%fused")]
     assert len(kernels) > 100 and len(set(map(_without_names, kernels))) < 30
 
@@ -139,7 +137,7 @@ def test_fusions_grow_with_the_leaves():
 
 @pytest.mark.parametrize("tx", [optclip.skip_nonfinite(optax.sgd(0.1)), optclip.skip_spikes(optax.sgd(0.1))])
 def test_a_guard_decides_once(tx: Any):
-    few, many = (len(program(tx, small(n))) for n in (10, 40))
+    few, many = (len(compiled(tx, small(n)).as_text()) for n in (10, 40))
     assert many <= 4.4 * few
 
 
@@ -147,7 +145,7 @@ def test_a_guard_decides_once(tx: Any):
     "tx", [optclip.clip_by_global_norm(1.0), optclip.adagc(), optclip.skip_nonfinite(optax.sgd(0.1))]
 )
 def test_no_kernel_joins_all_leaves(tx: Any):
-    joins = re.findall(r" concatenate\(([^)]*)\)", program(tx, small(300)))
+    joins = re.findall(r" concatenate\(([^)]*)\)", compiled(tx, small(300)).as_text())
     assert joins and max(operands.count(",") for operands in joins) < 128
 
 

@@ -13,6 +13,7 @@ import pytest
 import optclip
 from tests import meshes
 from tests.cases import CASES, SPIKE, STEPS, Case
+from tests.harness import row
 
 PARAMS = meshes.draw(100)
 GRADS = [meshes.draw(step, 9.0 if step == SPIKE else 0.3) for step in range(STEPS)]
@@ -45,7 +46,7 @@ def alone(name: str) -> Any:
 def ways() -> list[Any]:
     """Every case in every way; two ways for each case by turns, the others in the slow run."""
     return [
-        pytest.param(case, way, id=f"{case.name}-{way}", marks=() if (i + j) % 5 in (0, 2) else pytest.mark.slow)
+        row(case, way, ordinary=(i + j) % len(meshes.WAYS) in (0, 2), id=f"{case.name}-{way}")
         for i, case in enumerate(CASES)
         for j, way in enumerate(meshes.WAYS)
     ]

@@ -92,8 +92,8 @@ def skip_nonfinite(
 def _spoiled(new: Any, old: Any) -> jax.Array:
     """Whether an array was finite and no longer is. The old one is read only if the new one is not."""
     pairs = [(n, o) for n, o in zip(_memories(new), _memories(old), strict=True) if _numerics.is_gradient(n)]
-    odd = any_of([~_numerics.finite(n) for n, _ in pairs])
-    lost = lambda: odd & any_of([jnp.isfinite(o) & ~jnp.isfinite(n) for n, o in pairs])
+    odd = any_of(nonfinite([n for n, _ in pairs]))
+    lost = lambda: any_of([jnp.isfinite(o) & ~jnp.isfinite(n) for n, o in pairs])
     return lax.cond(odd, lost, lambda: odd)
 
 

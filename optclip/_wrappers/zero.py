@@ -67,10 +67,10 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
     def update(updates: Any, state: ZeroState, params: Any = None, **extra: Any) -> tuple[Any, ZeroState]:
         del params, extra
         leaves, treedef = jax.tree.flatten(updates)
+        axes = _mesh.sum_axes(updates, axis_name)
         rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
         seen = jnp.zeros(3, jnp.float32)
         if rows:
-            axes = _mesh.sum_axes(updates, axis_name)
             counts = [_count(jnp.asarray(leaves[i])) for i in rows]
             seen = jnp.sum(stack(_mesh.all_reduce(counts, [axes[i] for i in rows])), axis=0)
             for i, count in zip(rows, counts, strict=True):
@@ -87,8 +87,8 @@ def _count(x: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu" or _mesh.partitioned([x]):
         return _kinds(x)
     # The usual answer at memory speed: XLA:CPU takes 20 times as long to tell the kinds apart.
-    bad = (~_numerics.finite(x)).astype(jnp.float32)
-    return jax.lax.cond(bad > 0, _kinds, lambda x: jnp.stack([bad] * 3), x)
+    bad = ~_numerics.finite(x)
+    return jax.lax.cond(bad, _kinds, lambda x: jnp.stack([bad] * 3).astype(jnp.float32), x)
 
 
 def _kinds(x: jax.Array) -> jax.Array:
