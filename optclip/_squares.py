@@ -153,9 +153,9 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     """The norm of each slot, on this device or, ``meshed``, as the compiler partitions it."""
     low, high = (x**0.5 for x in _range(dtype))
     far = _far(dtype)
-    # The first turn has a branch without the scale for these. Not for units: 50 fusions more, and less to gain.
-    whole = [] if meshed else [i for i, slot in enumerate(slots) if slot.dims is None]
-    large = [i for i in whole if any(x.size >= SMALL for x in slots[i].arrays)]
+    # The first turn has a branch without the scale for these. Jax 0.9 stores the squares in both: nothing to gain.
+    branch = not meshed and jax.__version_info__ >= (0, 10)
+    large = [i for i, slot in enumerate(slots) if branch and any(x.size >= SMALL for x in slot.arrays)]
     other = [i for i in range(len(slots)) if i not in set(large)]
 
     def scaled(which: list[int], scale: jax.Array) -> list[jax.Array]:
@@ -167,18 +167,18 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
             for i, pairs in zip(which, tied, strict=True)
         ]
 
-    # By turn: the scale, what it is undone by, and between which norms a norm is kept.
-    table = jnp.asarray([[1, 1, 0, high], [far, 1 / far, low, jnp.inf], [1 / far, far, 0, high]], dtype)
+    # By turn: the scale, what it is undone by, and which norms n are kept: those with sign * n >= bound.
+    table = jnp.asarray([[1, 1, 0, 1], [far, 1 / far, 1, low], [1 / far, far, -1, -high]], dtype)
 
     def once(carry: Any) -> Any:
         turn, sizes = carry
-        scale, back, least, most = table[turn]
+        scale, *rest = table[turn]
         sums = dict(zip(other, scaled(other, scale), strict=True))
         if large:
             first = lambda _: [_sum(slots[i], dtype) for i in large]
             sums.update(zip(large, lax.cond(turn == 0, first, partial(scaled, large), scale), strict=True))
         new, _ = join([sums[i] for i in range(len(slots))])
-        return turn + 1, [_better(n, s, back, least, most) for n, s in zip(sizes, new, strict=True)]
+        return turn + 1, [_better(n, s, *rest) for n, s in zip(sizes, new, strict=True)]
 
     def again(carry: Any) -> jax.Array:
         turn, sizes = carry
@@ -193,7 +193,7 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
 
 
 def _turns(sizes: list[jax.Array], low: float, high: float, dtype: Any, meshed: bool) -> jax.Array:
-    """The turns wanted after the first: 1 for what may be too small, 2 for what is too large.
+    """The turns wanted after the first: 1 for what may be too small, 2 for what is too large or NaN.
 
     Sizes of one shape are looked at together: AGC on 50 kernels compiles in 0.8 s instead of 1.2 s. Not where shards
     would move.
@@ -201,26 +201,26 @@ def _turns(sizes: list[jax.Array], low: float, high: float, dtype: Any, meshed: 
     some = [n for n in sizes if n.size]
     wanted = jnp.zeros((), dtype)
     for same in alike(some, range(len(some)) if meshed else map(jax.typeof, some), 16):
-        small = functools.reduce(lax.bitwise_or, [n < low for n in same])
-        large = functools.reduce(lax.bitwise_or, [n > high for n in same])
+        small = functools.reduce(lax.min, same) < low
+        large = ~(functools.reduce(lax.max, same) <= high)  # a NaN beside it may hide what is too large
         code = jnp.where(large, 2.0, jnp.where(small, 1.0, 0.0)).astype(dtype)
         wanted = jnp.maximum(wanted, _short(code, jnp.max))
     return wanted
 
 
 def _start(slot: Slot, dtype: Any, meshed: bool) -> jax.Array:
-    """Infinity or NaN, to be replaced: a size before the first turn."""
+    """A number to be replaced: a size before the first turn."""
     none, x = _nothing(slot, dtype), slot.arrays[0]
     if meshed or none.ndim == 0 or not x.size:
-        return none + jnp.inf
+        return none
     # Made of an element: of a constant XLA would copy a broadcast for each array of units.
     first = lax.slice(x, (0,) * x.ndim, (1,) * x.ndim)
-    return none + (jnp.reshape(first.real, ()).astype(dtype) + jnp.inf)
+    return jnp.broadcast_to(first.real.astype(dtype), none.shape)
 
 
 @partial(jax.jit, inline=True)  # traced once per shape
-def _better(size: jax.Array, square: jax.Array, back: jax.Array, least: jax.Array, most: jax.Array) -> jax.Array:
-    return lax.select((size >= least) & (size <= most), size, jnp.sqrt(square) * back)
+def _better(size: jax.Array, square: jax.Array, back: jax.Array, sign: jax.Array, bound: jax.Array) -> jax.Array:
+    return lax.select(size * sign >= bound, size, jnp.sqrt(square) * back)
 
 
 def _nothing(slot: Slot, dtype: Any) -> jax.Array:

@@ -59,17 +59,18 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     """
     if jax.default_backend() != "cpu":
         return _split(vector)
-    # A place is a sum of two of these, for a loop that carried a thousand would be slow to compile itself.
-    low, high = ([jnp.uint32(i) for i in places] for places in (range(32), range(0, vector.size, 32)))
-    never = lambda carry: (carry[0][0] < 0) & (carry[0][0] >= 0)
+    # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
+    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % 32)), (-1, 32))
+    rows, columns = ([jnp.uint32(i) for i in range(n)] for n in table.shape)
+    never = lambda carry: (carry[0][0, 0] < 0) & (carry[0][0, 0] >= 0)
     turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
-    vector, low, high = lax.while_loop(never, turn, (vector, low, high))
-    return [_number(vector, high[i // 32], low[i % 32]) for i in range(vector.size)]
+    table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
+    return [_number(table, rows[i // 32], columns[i % 32]) for i in range(vector.size)]
 
 
 @partial(jax.jit, inline=True)  # traced once
-def _number(vector: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
-    return lax.reshape(lax.dynamic_slice(vector, [lax.add(high, low)], [1]), ())
+def _number(table: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    return lax.reshape(lax.dynamic_slice(table, [row, column], [1, 1]), ())
 
 
 @apart.defjvp

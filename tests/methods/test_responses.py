@@ -19,7 +19,7 @@ FORMULAS = {
     "normalize": lambda s, c: c,
 }
 SIZES = [1e-30, 1e-12, 1e-4, 0.3, 1.0, 1.7, 40.0, 1e6, 1e19, 1e30, 3e38]
-LIMITS = [1e-15, 1e-3, 1.0, 7.0, 1e15, 1e30]
+LIMITS = [1e-30, 1e-15, 1e-3, 1.0, 7.0, 1e15, 1e30]
 
 
 @pytest.mark.parametrize("name", FORMULAS)
@@ -36,10 +36,19 @@ def test_the_new_size(name):
 def test_zero_infinity_and_nan(name):
     response = getattr(responses, name)
     f = lambda *x: float(response(*map(jnp.float32, x)))
-    assert f(0.0, 0.0, 1.0) == 0
+    assert f(0.0, 0.0, 1.0) == 0 and f(0.0, 0.0, 0.0) == 0 and f(1.0, 1.0, 0.0) == 0
     assert f(3.0, 3.0, np.inf) == 3
     assert np.isnan(f(1.0, np.nan, 1.0)) and np.isnan(f(1.0, np.inf, 1.0)) and np.isnan(f(1.0, np.inf, np.inf))
     assert np.isnan(f(1.0, 1.0, np.nan))
+
+
+@pytest.mark.parametrize("name", ["rescale", "normalize", "smooth"])
+@pytest.mark.parametrize("size, limit, slope", [(1.0, 0.0, 0.0), (1e30, 0.0, 0.0), (1e30, 1e-20, 1.0)])
+def test_the_derivative_far_out(name, size, limit, slope):
+    """Of the clip of a size, by the size and by the limit; also where the factor is beyond float32."""
+    f = lambda s, c: getattr(responses, name)(s, s, c)
+    by_size, by_limit = jax.grad(f, (0, 1))(jnp.float32(size), jnp.float32(limit))
+    assert by_size == 0 and by_limit == pytest.approx(slope)
 
 
 @pytest.mark.parametrize("name", ["smooth", "square_root", "tanh", "arsinh", "log1p"])
