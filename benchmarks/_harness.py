@@ -64,6 +64,7 @@ def build(function: Callable, *args: Any, donate: tuple[int, ...] = ()) -> tuple
     return program, {
         "trace s": traced - start,
         "compile s": done - traced,
+        "trace + compile s": done - start,
         "bytes": float(cost.get("bytes accessed", float("nan"))),
         "temp bytes": float(getattr(memory, "temp_size_in_bytes", float("nan"))),
         "fusions": text.count(" fusion("),

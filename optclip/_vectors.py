@@ -1,5 +1,6 @@
 """Many numbers as one vector, so that a program for a thousand leaves is not a thousand programs."""
 
+import math
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -60,12 +61,13 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     if jax.default_backend() != "cpu":
         return _split(vector)
     # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
-    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % 32)), (-1, 32))
+    width = math.isqrt(vector.size)
+    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % width)), (-1, width))
     rows, columns = ([jnp.uint32(i) for i in range(n)] for n in table.shape)
     never = lambda carry: (carry[0][0, 0] < 0) & (carry[0][0, 0] >= 0)
     turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
     table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
-    return [_number(table, rows[i // 32], columns[i % 32]) for i in range(vector.size)]
+    return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
 
 
 @partial(jax.jit, inline=True)  # traced once
