@@ -3,7 +3,7 @@
 A sum of squares leaves the range of float32 for numbers beyond about 1e19 or below 1e-19, although the norm does not.
 A second measure at another scale is right, but its code stands in the program of everybody, run or not. So:
 
-* On a CPU the pass is the body of a loop that runs once, and once more, scaled by 2^88 or 2^-88, where a sum was out of
+* On a CPU the pass is the body of a loop that runs once, and again, scaled by 2^88 and 2^-88, where a sum was out of
   range. One body is one set of fusions, bytes and collectives; a second measure under `lax.cond` has two of each
   (1365 MB instead of 499 MB on the shapes of GPT-2 124M). The first turn has a branch without the scale, for XLA's
   library kernel for a plain sum of squares is twice as fast. Not so where arrays may be partitioned: each branch would
@@ -52,12 +52,12 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
     if jax.default_backend() != "cpu":
         sizes = _across(slots, [[_sum(slot, dtype, k) for k in (down, None, up)] for slot in slots], far)
     elif any(plan.mesh):
-        local = _in_a_loop(slots, dtype, meshed=False)
+        local = _in_loops(slots, dtype, meshed=False)
         sizes = _across(slots, [[jnp.square(n * down), jnp.square(n), jnp.square(n * up)] for n in local], far)
     else:
         meshed = _mesh.partitioned(leaves)
         slots = slots if meshed or any(slot.dims for slot in slots) else _stacked(slots)
-        local = _in_a_loop(slots, dtype, meshed)
+        local = _in_loops(slots, dtype, meshed)
         sizes = {}
         for slot, size in zip(slots, local, strict=True):
             sizes |= zip(slot.groups, [size] if len(slot.groups) == 1 else apart(jnp.ravel(size)), strict=True)
@@ -149,35 +149,46 @@ def _range(dtype: Any) -> tuple[float, float]:
     return float(info.tiny) * 2.0**66, float(info.max) / 4
 
 
-def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
-    """The norm of each slot, on this device or, ``meshed``, as the compiler partitions it."""
+def _in_loops(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
+    """The norm of each slot, on this device or, ``meshed``, as the compiler partitions it.
+
+    Large slots have loops apart, by their size: zeros look like an underflow, and a leaf of zeros should not have all
+    others read again. One loop where they cross a mesh, for one collective.
+    """
+    sized = [max(x.size for x in slot.arrays) if len(slot.groups) == 1 and not meshed else 0 for slot in slots]
+    kinds = [n.bit_length() if n >= SMALL else 0 for n in sized]
+    sizes: dict[int, jax.Array] = {}
+    for which in alike(range(len(slots)), kinds, len(slots)):
+        local = _in_a_loop([slots[i] for i in which], dtype, meshed, large=kinds[which[0]] > 0)
+        sizes |= zip(which, local, strict=True)
+    return [sizes[i] for i in range(len(slots))]
+
+
+def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool, large: bool) -> list[jax.Array]:
     low, high = (x**0.5 for x in _range(dtype))
     far = _far(dtype)
-    # The first turn has a branch without the scale for these. Jax 0.9 stores the squares in both: nothing to gain.
-    branch = not meshed and jax.__version_info__ >= (0, 10)
-    large = [i for i, slot in enumerate(slots) if branch and any(x.size >= SMALL for x in slot.arrays)]
-    other = [i for i in range(len(slots)) if i not in set(large)]
 
-    def scaled(which: list[int], scale: jax.Array) -> list[jax.Array]:
+    def unscaled(_: Any) -> list[jax.Array]:
+        return [_sum(slot, dtype) for slot in slots]
+
+    def scaled(scale: jax.Array) -> list[jax.Array]:
         # A scale per array: of a common one XLA would store a broadcast for each shape, 368 MB for GPT-2 124M. Tied to
         # its array, for else those of bfloat16 would be widened in memory, before the loop.
-        tied = [[lax.optimization_barrier((x, scale)) for x in slots[i].arrays] for i in which]
+        tied = [[lax.optimization_barrier((x, scale)) for x in slot.arrays] for slot in slots]
         return [
-            _sum(slots[i]._replace(arrays=[x for x, _ in pairs]), dtype, [k for _, k in pairs])
-            for i, pairs in zip(which, tied, strict=True)
+            _sum(slot._replace(arrays=[x for x, _ in pairs]), dtype, [k for _, k in pairs])
+            for slot, pairs in zip(slots, tied, strict=True)
         ]
 
+    # The first turn of large slots has a branch without the scale. Jax 0.9 stores the squares in both: nothing to gain.
+    branch = large and jax.__version_info__ >= (0, 10)
     # By turn: the scale, what it is undone by, and which norms n are kept: those with sign * n >= bound.
     table = jnp.asarray([[1, 1, 0, 1], [far, 1 / far, 1, low], [1 / far, far, -1, -high]], dtype)
 
     def once(carry: Any) -> Any:
         turn, sizes = carry
         scale, *rest = table[turn]
-        sums = dict(zip(other, scaled(other, scale), strict=True))
-        if large:
-            first = lambda _: [_sum(slots[i], dtype) for i in large]
-            sums.update(zip(large, lax.cond(turn == 0, first, partial(scaled, large), scale), strict=True))
-        new, _ = join([sums[i] for i in range(len(slots))])
+        new, _ = join(lax.cond(turn == 0, unscaled, scaled, scale) if branch else scaled(scale))
         return turn + 1, [_better(n, s, *rest) for n, s in zip(sizes, new, strict=True)]
 
     def again(carry: Any) -> jax.Array:
