@@ -109,4 +109,5 @@ def _finite_part(x: Any, fine: jax.Array) -> Any:
     """``x`` with zeros for what is not finite. ``fine`` says that all is, and that x was read before it is overwritten:
     else XLA:CPU copies x for the count."""
     array = jnp.asarray(x)
-    return _numerics.cast_like(jnp.where(fine | jnp.isfinite(array), array, jnp.zeros_like(array)), x)
+    wide = _numerics.widen(array, _numerics.accumulator(array))  # a bfloat16 select loses denormals on jax 0.12
+    return _numerics.cast_like(jnp.where(fine | jnp.isfinite(wide), wide, jnp.zeros_like(wide)), x)
