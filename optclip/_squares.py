@@ -153,7 +153,7 @@ def _in_loops(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
     """The norm of each slot, on this device or, ``meshed``, as the compiler partitions it.
 
     Large slots have loops apart, by their size: zeros look like an underflow, and a leaf of zeros should not have all
-    others read again. One loop where they cross a mesh, for one collective.
+    others read again. ``meshed``, one loop: the compiler then puts their sums into one collective.
     """
     sized = [max(x.size for x in slot.arrays) if len(slot.groups) == 1 and not meshed else 0 for slot in slots]
     kinds = [n.bit_length() if n >= SMALL else 0 for n in sized]
