@@ -1,27 +1,38 @@
 """Argument checks: they raise at construction, and step aside for anything traced, scheduled or on a device."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 
-def check(call: str, name: str, value: Any, holds: Callable[[Any], Any], bound: str) -> None:
-    """Raises unless every static number in ``value`` (a number, a schedule, an array, or a pytree of them) holds.
+def check(call: str, name: str, value: Any, holds: Callable[[Any], Any], bound: str, *, tree: bool = False) -> None:
+    """Raises unless ``value`` is a scalar or a schedule, and ``bound`` if it is static.
 
-    The message reads ``call(name=value): name must be bound``.
+    With ``tree`` it may also be an array, or a pytree of all these. The message reads
+    ``call(name=value): name must be bound``.
     """
-    leaves = jax.tree.leaves(value, is_leaf=lambda x: x is None)
+    leaves = jax.tree.leaves(value, is_leaf=lambda x: x is None or _is_pair(x)) if tree else [value]
     for leaf in leaves or [value]:
+        said = f"{call}({name}={leaf!r}): {name} must be {bound}"
+        number = isinstance(leaf, (int, float, np.number, np.ndarray)) and not isinstance(leaf, (bool, np.bool_))
+        if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and not tree:
+            raise ValueError(f"{said}, a scalar, got shape {leaf.shape}")
         if isinstance(leaf, jax.Array) or callable(leaf):
             continue  # dynamic: its value may change from step to step, and reading it would wait for the device
-        if isinstance(leaf, (bool, np.bool_, str, bytes)) or not isinstance(leaf, (int, float, np.number, np.ndarray)):
-            kind = ValueError if leaf is None else TypeError
-            raise kind(f"{call}({name}={leaf!r}): {name} must be {bound}, got {type(leaf).__name__}")
+        if not number:
+            raise (ValueError if leaf is None else TypeError)(f"{said}, got {type(leaf).__name__}")
         if not np.all(holds(np.asarray(leaf))):
-            raise ValueError(f"{call}({name}={leaf!r}): {name} must be {bound}")
+            raise ValueError(said)
+
+
+def check_limits(call: str, name: str, value: Any) -> None:
+    """Every limit of a prefix tree > 0; infinity is allowed, NaN and None are not."""
+    check(call, name, value, lambda x: x > 0, "> 0", tree=True)
 
 
 def check_positive(call: str, name: str, value: Any) -> None:
@@ -39,10 +50,42 @@ def check_fraction(call: str, name: str, value: Any) -> None:
     check(call, name, value, lambda x: (x >= 0) & (x < 1), "in [0, 1)")
 
 
+def check_above_one(call: str, name: str, value: Any) -> None:
+    """``value`` > 1, as a factor on what was must be to let it grow."""
+    check(call, name, value, lambda x: x > 1, "> 1")
+
+
+def check_steps(call: str, name: str, value: Any, least: int = 0) -> None:
+    """``value`` counts steps: an integer >= ``least``, or a traced one."""
+    if not (isinstance(value, jax.Array) and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.integer)):
+        check_count(call, name, value, least)
+
+
 def check_count(call: str, name: str, value: Any, least: int = 0) -> None:
-    """``value`` is a Python integer >= ``least``: it fixes a shape or counts steps."""
+    """``value`` is a Python integer >= ``least``, for it fixes a shape."""
+    if isinstance(value, jax.Array):
+        raise TypeError(f"{call}: {name} must be a Python integer; in optax.inject_hyperparams, static_args={name!r}")
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
         raise ValueError(f"{call}({name}={value!r}): {name} must be an integer >= {least}")
+
+
+def check_callable(call: str, **named: Any) -> None:
+    """Every argument is a function."""
+    for name, value in named.items():
+        if not callable(value):
+            raise TypeError(f"{call}({name}={value!r}): {name} must be a function, got {type(value).__name__}")
+
+
+def check_transformation(call: str, name: str, value: Any) -> None:
+    """``value`` is an Optax transformation, or has its two functions."""
+    if not _is_pair(value):
+        hint = f"; call it: {value.__name__}(...)" if inspect.isfunction(value) else ""
+        raise TypeError(f"{call}({name}={value!r}): {name} must be an Optax transformation{hint}")
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether this is a transformation or a rule: functions ``init`` and ``update``."""
+    return callable(getattr(value, "init", None)) and callable(getattr(value, "update", None))
 
 
 def check_ord(call: str, ord: Any) -> float:

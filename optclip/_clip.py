@@ -67,6 +67,7 @@ def clip_by(
     Example:
       >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)
     """
+    _checks.check_callable("clip_by", measure=measure, response=response)
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
     def measured(updates: Updates) -> Sizes:
@@ -80,9 +81,10 @@ def clip_by(
         with _mesh.shapes_only():
             sizes = jax.eval_shape(measured, params)
             memory = rule.init(sizes)
-            if not record:
-                return ClipState(memory, None)
             limits, _ = jax.eval_shape(allowed, sizes, memory, params)
+        _check_shapes(sizes, limits, params)
+        if not record:
+            return ClipState(memory, None)
         fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
@@ -108,12 +110,10 @@ def one_at_least(sizes: Sizes) -> Sizes:
 
 def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
     """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
-    sizes, limits = (
-        jax.tree.leaves(_spread(name, prefix, updates)) for name, prefix in (("sizes", sizes), ("limits", limits))
-    )
+    every_size, every_limit = _spread("sizes", sizes, updates), _spread("limits", limits, updates)
     leaves, treedef = jax.tree.flatten(updates)
     rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
-    pairs = [(sizes[i], limits[i]) for i in rows]
+    pairs = [(every_size[i], every_limit[i]) for i in rows]
     if hasattr(response, "factor"):
         new = [_multiply(leaves[i], *made) for i, made in zip(rows, _factors(response.factor, pairs), strict=True)]
     else:
@@ -166,9 +166,20 @@ def _respond(response: Response, update: Any, size: Any, limit: Any) -> Any:
     return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
 
 
-def _spread(name: str, prefix: Any, updates: Updates) -> Any:
+def _check_shapes(sizes: Sizes, limits: Any, updates: Updates) -> None:
+    """Raises unless every limit is one number, or fits the shape of its size: others would limit single columns."""
+    if not jax.tree.leaves(updates):
+        return  # nothing to limit, or Optax's placeholder for parameters
+    pairs = zip(_spread("sizes", sizes, updates), _spread("limits", limits, updates), strict=True)
+    for size, limit in pairs:
+        rows = zip(reversed(jnp.shape(limit)), reversed(jnp.shape(size)), strict=False)
+        if jnp.ndim(limit) > jnp.ndim(size) or any(n not in (1, m) for n, m in rows):
+            raise ValueError(f"a limit of shape {jnp.shape(limit)} does not fit its size, of shape {jnp.shape(size)}")
+
+
+def _spread(name: str, prefix: Any, updates: Updates) -> list[Any]:
     try:
-        return jax.tree.broadcast(prefix, updates)
+        return jax.tree.leaves(jax.tree.broadcast(prefix, updates))
     except ValueError as error:
         trees = f"{jax.tree.structure(prefix)} for updates {jax.tree.structure(updates)}"
         raise ValueError(f"the {name} must be a prefix tree of the updates, got {trees}") from error

@@ -102,10 +102,11 @@ def history(
 
     A size that is not finite changes nothing in the memory.
     """
-    _checks.check_count(call, "warmup", warmup)
+    _checks.check_callable(call, feeding=feeding)
+    _checks.check_steps(call, "warmup", warmup)
     _checks.check_positive(call, "warmup_limit", warmup_limit)
     if patience is not None:
-        _checks.check_count(call, "patience", patience, least=1)
+        _checks.check_steps(call, "patience", patience, least=1)
     counted = callable(knob) or callable(cap)
 
     def start(size: jax.Array) -> History:

@@ -115,8 +115,10 @@ def _norms_jvp(ord: float, plan: Plan, primals: Any, tangents: Any) -> Any:
             weight = jnp.where(magnitude == 0, 0, jnp.where(magnitude == 0, 1, magnitude) ** (ord - 1))
         parts.append((jnp.conj(sign) * widen(dx, size.dtype)).real * weight)
     if ord == np.inf:  # share the derivative between ties
-        ties = [(_magnitude(x, sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
-                for x, g in zip(leaves, plan.group, strict=True)]
+        ties = [
+            (_magnitude(x, sizes[g].dtype) == sizes[g]).astype(sizes[g].dtype)
+            for x, g in zip(leaves, plan.group, strict=True)
+        ]
         counts = _reduce(ties, plan, "sum")
         parts = [p / jnp.maximum(counts[g], 1) for p, g in zip(parts, plan.group, strict=True)]
     slopes = _reduce(parts, plan, "sum")

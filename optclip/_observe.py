@@ -57,7 +57,7 @@ class ObserveState(NamedTuple):
 
 
 def observe(
-    inner: optax.GradientTransformation | None = None, *, measure: Measure = leaf_norm, history: int = 0
+    inner: optax.GradientTransformation | None = None, *, measure: Measure | None = None, history: int = 0
 ) -> optax.GradientTransformationExtraArgs:
     """Keeps a small sketch of the gradient norm, whole and per leaf, and changes nothing.
 
@@ -70,7 +70,7 @@ def observe(
       inner: a transformation to run on the gradient that was seen, commonly a clipper: its limit then enters the
         history. None passes the gradient on as it is.
       measure: 2-norms of parts that make up the gradient, see `optclip.measures`: `leaf_norm` for each leaf,
-        ``partial(group_norm, groups=...)``, or `global_norm` for the whole alone.
+        ``partial(group_norm, groups=...)``, or `global_norm` for the whole alone; None for `leaf_norm`.
       history: how many of the last steps to keep one by one, for `plot`; a fixed number of steps.
 
     State: `ObserveState`: 3 kB, 340 bytes per size, and 4 (n + 2) + 1 bytes per step of history.
@@ -93,7 +93,11 @@ def observe(
       >>> float(state[0].norm.high)
       5.0
     """
+    measure = measure or leaf_norm
     _checks.check_count("observe", "history", history)
+    _checks.check_callable("observe", measure=measure)
+    if inner is not None:
+        _checks.check_transformation("observe", "inner", inner)
     within = optax.with_extra_args_support(optax.identity() if inner is None else inner)
 
     def init(params: Any) -> ObserveState:

@@ -41,7 +41,7 @@ def fixed(limit: Any, *, call: str = "fixed", name: str = "limit") -> Threshold:
       >>> float(rule.update(jnp.float32(3), rule.init(jnp.float32(3)), None)[0])
       1.0
     """
-    _checks.check_positive(call, name, limit)
+    _checks.check_limits(call, name, limit)
     return scheduled(limit)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import respond
 from optclip.measures import Updates, global_norm
 from optclip.responses import rescale
@@ -37,5 +37,10 @@ def clip_tree(
       (5.0, [0.6, 0.8])
     """
     _checks.check_positive("clip_tree", "max_norm", max_norm)
-    norm = global_norm(tree, ord, axis_name=axis_name) if norm is None else jnp.asarray(norm)
+    if norm is None:
+        norm = global_norm(tree, ord, axis_name=axis_name)
+    else:
+        _checks.check("clip_tree", "norm", norm, lambda x: ~(x < 0), ">= 0")
+        leaves = filter(_numerics.is_gradient, jax.tree.leaves(tree))
+        norm = jnp.asarray(norm).astype(_numerics.accumulator(norm, *leaves))
     return respond(rescale, tree, norm, jnp.asarray(max_norm).astype(norm.dtype)), norm

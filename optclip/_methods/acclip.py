@@ -24,7 +24,7 @@ class Coordinates(NamedTuple):
 
 
 def acclip(
-    b1: float = 0.9, b2: float = 0.99, *, alpha: float = 1.0, eps: float = 1e-5
+    b1: float = 0.9, b2: float = 0.99, *, alpha: float | None = None, eps: float = 1e-5
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each element of the momentum to a moving average of its own magnitude (ACClip).
 
@@ -37,7 +37,7 @@ def acclip(
     Args:
       b1: in [0, 1), of the momentum (0.9), per step.
       b2: in [0, 1), of the limit (0.99), per step.
-      alpha: in [1, 2], the moment (paper: 1); fixed for good.
+      alpha: in [1, 2], the moment, fixed for good; None for 1, the paper's.
       eps: >= 0, added to the magnitude of the momentum (1e-5).
 
     State: `ClipState` without statistics; ``rule`` is a `Coordinates`: two float32 arrays per leaf, as many as Adam's.
@@ -58,6 +58,7 @@ def acclip(
     """
     _checks.check_fraction("acclip", "b1", b1)
     _checks.check_fraction("acclip", "b2", b2)
+    alpha = 1.0 if alpha is None else alpha
     _checks.check("acclip", "alpha", alpha, lambda a: (a >= 1) & (a <= 2), "in [1, 2]")
     _checks.check_nonnegative("acclip", "eps", eps)
 

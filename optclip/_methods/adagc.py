@@ -58,12 +58,13 @@ def ema_from_min(
     Example:
       >>> tx = clip_by(global_norm, ema_from_min(1.5, warmup=10))
     """
-    _checks.check_positive(call, "ratio", ratio)
+    _checks.check_above_one(call, "ratio", ratio)
     _checks.check_fraction(call, "decay", decay)
-    _checks.check_count(call, "warmup", warmup)
+    _checks.check_steps(call, "warmup", warmup)
+    _checks.check_callable(call, feeding=feeding)
     _checks.check_positive(call, "warmup_limit" if call == "ema_from_min" else "max_norm", warmup_limit)
     if patience is not None:
-        _checks.check_count(call, "patience", patience, least=1)
+        _checks.check_steps(call, "patience", patience, least=1)
 
     def init(size: jax.Array) -> EmaFromMin:
         zero = lambda: jnp.zeros(jnp.shape(size), jnp.int32)  # buffers of their own, so that a state can be donated
@@ -78,8 +79,8 @@ def ema_from_min(
         resting = jnp.where(over, jnp.maximum(size * share, tiny), jnp.inf)
         count, mean = memory.count, memory.mean
         factor = jnp.asarray(resolve(ratio, memory.step), size.dtype)
-        learning = count < max(warmup, 1)
-        allowed = jnp.where(learning, resting if warmup else jnp.inf, factor * mean)
+        learning = count < jnp.maximum(warmup, 1)
+        allowed = jnp.where(learning, jnp.where(warmup, resting, jnp.inf), factor * mean)
         streak = jnp.where((size > _STUCK * allowed) & ~learning, memory.streak + 1, 0)
         if patience is not None:
             stuck = streak >= patience
@@ -111,8 +112,8 @@ def adagc(
     decay: float = 0.98,
     max_norm: Any = 1.0,
     *,
-    measure: Measure = leaf_norm,
-    feeding: Feed = clipped,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 100,
     patience: int | None = 50,
 ) -> optax.GradientTransformationExtraArgs:
@@ -129,8 +130,8 @@ def adagc(
       decay: in [0, 1) (beta; paper: 0.98), per step.
       max_norm: > 0 (lambda_abs; paper: 1.0), the limit of the norm of all sizes together during the warm-up, in units
         of the gradient norm.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the average: the norm after the clip.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
+      feeding: what enters the average: the norm after the clip; None for `clipped`.
       warmup: steps under the global clip (T_start; paper: 100), counted for each leaf by its own non-zero gradients.
       patience: steps in a row with a norm over 4 times its limit after which the warm-up of that leaf starts afresh;
         None for never.
@@ -155,6 +156,7 @@ def adagc(
     Example:
       >>> tx = optax.chain(adagc(), optax.adamw(1e-3))
     """
+    measure, feeding = measure or leaf_norm, feeding or clipped
     rule = ema_from_min(
         ratio, decay, feeding=feeding, warmup=warmup, warmup_limit=max_norm, patience=patience, call="adagc"
     )

@@ -43,7 +43,12 @@ def param_ratio(ratio: Any, measure: Measure, *, eps: Any = 1e-3, call: str = "p
 
 
 def adaptive_grad_clip(
-    clipping: Any, eps: Any = 1e-3, axis: Any = None, *, stack_axis: Any = None, axis_name: Any = None,
+    clipping: Any,
+    eps: Any = 1e-3,
+    axis: Any = None,
+    *,
+    stack_axis: Any = None,
+    axis_name: Any = None,
     record: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Clips the gradient of each unit relative to the norm of its parameters (AGC).

@@ -51,7 +51,8 @@ def ema_band(
     """
     _checks.check_positive(call, "high", high)
     if low is not None:
-        _checks.check_positive(call, "low", low)
+        top = high if isinstance(high, (int, float)) else jnp.inf
+        _checks.check(call, "low", low, lambda x: (x > 0) & (x < top), "> 0 and below high")
     _checks.check_fraction(call, "decay", decay)
     _checks.check(call, "max_down", max_down, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
     _checks.check(call, "max_up", max_up, lambda x: x >= 1, ">= 1")
@@ -88,7 +89,7 @@ def aggc(
     decay: float = 0.95,
     max_down: float = 0.9,
     max_up: float = 1.1,
-    feeding: Feed = clipped,
+    feeding: Feed | None = None,
     axis_name: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Brings the norm of each group of leaves towards a band around its own moving average (AGGC).
@@ -109,7 +110,7 @@ def aggc(
       decay: in [0, 1) (authors: 0.95 for LoRA, 0.99 for reinforcement learning), per step.
       max_down: in (0, 1], the smallest factor in a step (authors: 0.9).
       max_up: >= 1, the largest (authors: 1.1).
-      feeding: what enters the average: the norm after scaling.
+      feeding: what enters the average: the norm after scaling; None for `clipped`.
       axis_name: see `clip_by_global_norm`.
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean``: two int32 and one float32 per group.
@@ -126,6 +127,7 @@ def aggc(
     Example:
       >>> tx = aggc({"encoder": "encoder", "head": "head"}, high=1.2)
     """
+    feeding = feeding or clipped
     rule = ema_band(high, low, decay=decay, max_down=max_down, max_up=max_up, feeding=feeding, call="aggc")
     measure = partial(group_norm, groups=groups, axis_name=axis_name)
     return clip_by(measure, rule, rescale if low is None else normalize)

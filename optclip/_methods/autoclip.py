@@ -62,8 +62,8 @@ def autoclip(
     percent: Any = 10.0,
     window: int = 1000,
     *,
-    measure: Measure = global_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 0,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
@@ -78,8 +78,8 @@ def autoclip(
     Args:
       percent: in [0, 100] (paper: 10): a number, a traced scalar, or a schedule. 100 clips nothing.
       window: >= 1, norms remembered.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the window: the norm before the clip by default.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the window: the norm before the clip by default; None for `raw`.
       warmup: steps that only collect (paper: 0).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
@@ -104,6 +104,7 @@ def autoclip(
     Example:
       >>> tx = optax.chain(autoclip(10.0), optax.adam(1e-3))
     """
+    measure, feeding = measure or global_norm, feeding or raw
     rule = percentile(
         percent, window, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience, call="autoclip"
     )  # fmt: skip

@@ -46,7 +46,7 @@ def order_statistic(
       >>> tx = clip_by(global_norm, order_statistic(90, window=100))
     """
     _checks.check_count(call, "window", window, least=1)
-    _checks.check(call, name, rank, lambda x: (x >= 0) & (x < window), f"in [0, {window})")
+    _checks.check(call, name, rank, lambda x: (x >= 0) & (x < window) & (x % 1 == 0), f"an integer in [0, {window})")
 
     def init(size: jax.Array) -> Window:
         return empty(size, window)
@@ -71,8 +71,8 @@ def percentile_clipping(
     percentile: Any = 5,
     window: int = 100,
     *,
-    measure: Measure = leaf_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 0,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
@@ -87,8 +87,8 @@ def percentile_clipping(
       percentile: 0 <= percentile < window, a place in the window counted from the smallest (bitsandbytes' example: 5):
         an integer, a traced scalar, or a schedule.
       window: >= 1, norms remembered per leaf (bitsandbytes: 100).
-      measure: the scope, see `optclip.measures`; each leaf by default.
-      feeding: what enters the window: the norm before the clip by default.
+      measure: the scope, see `optclip.measures`; each leaf by default; None for `leaf_norm`.
+      feeding: what enters the window: the norm before the clip by default; None for `raw`.
       warmup: steps that only collect.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
@@ -107,6 +107,7 @@ def percentile_clipping(
     Example:
       >>> tx = optax.chain(percentile_clipping(5), optax.adam(1e-3))
     """
+    measure, feeding = measure or leaf_norm, feeding or raw
     rule = order_statistic(
         percentile, window, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
         call="percentile_clipping", name="percentile",

@@ -22,7 +22,7 @@ def clippy(
     relative: Any = 0.1,
     absolute: Any = 1e-7,
     *,
-    measure: Measure = _largest,
+    measure: Measure | None = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each update down so that no parameter moves by more than a fraction of itself (Clippy).
@@ -39,7 +39,7 @@ def clippy(
         parameter: likewise. One parameter near 0 holds back its whole tensor, so raise it (1e-3) where parameters start
         at 0; with 0 such a tensor never moves.
       measure: how the ratios |u_ij| / (relative * |w_ij| + absolute) of a scope make a size: by default the largest of
-        each leaf.
+        each leaf; None for `largest`.
       record: whether the state keeps sizes and limits.
 
     State: `ClipState`; ``stats.sizes`` is the largest ratio, a float32 scalar at each leaf, and ``stats.limits`` is 1;
@@ -60,6 +60,7 @@ def clippy(
     Example:
       >>> tx = optax.chain(optax.adagrad(0.1), clippy(absolute=1e-3))
     """
+    measure = measure or _largest
     _checks.check_positive("clippy", "relative", relative)
     _checks.check_nonnegative("clippy", "absolute", absolute)
     knobs = scheduled((relative, absolute))

@@ -4,7 +4,6 @@ from typing import Any
 
 import optax
 
-from optclip import _checks
 from optclip._clip import clip_by
 from optclip._rules import fixed
 from optclip.measures import Measure, global_norm
@@ -12,7 +11,7 @@ from optclip.responses import floored
 
 
 def delta_gclip(
-    max_norm: Any, delta: float = 1e-3, *, measure: Measure = global_norm
+    max_norm: Any, delta: float = 1e-3, *, measure: Measure | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient down to ``max_norm``, but by no factor below ``delta``.
 
@@ -24,7 +23,7 @@ def delta_gclip(
     Args:
       max_norm: > 0 (gamma), in units of the gradient norm: a number, a traced scalar, a schedule, or a prefix tree.
       delta: in [0, 1], the smallest factor (paper: 1e-3 and smaller in the experiments).
-      measure: the scope, see `optclip.measures`.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
 
     State: `ClipState`; ``stats.sizes`` is the norm before.
 
@@ -40,5 +39,6 @@ def delta_gclip(
     Example:
       >>> tx = optax.chain(delta_gclip(1.0, 0.01), optax.sgd(0.1))
     """
-    _checks.check_positive("delta_gclip", "max_norm", max_norm)
-    return clip_by(measure, fixed(max_norm), floored(delta))
+    measure = measure or global_norm
+    rule = fixed(max_norm, call="delta_gclip", name="max_norm")
+    return clip_by(measure, rule, floored(delta))

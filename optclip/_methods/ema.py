@@ -45,7 +45,7 @@ def ema_ratio(
     Example:
       >>> tx = clip_by(leaf_norm, ema_ratio(1.5))  # the same rule for every leaf
     """
-    _checks.check_positive(call, "ratio", ratio)
+    _checks.check_above_one(call, "ratio", ratio)
     _checks.check_fraction(call, "decay", decay)
 
     def init(size: jax.Array) -> Ema:
@@ -59,7 +59,14 @@ def ema_ratio(
         return Ema(inner.mean + weight * (value - inner.mean))
 
     return history(
-        init, limit, feed, knob=ratio, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
+        init,
+        limit,
+        feed,
+        knob=ratio,
+        feeding=feeding,
+        warmup=warmup,
+        warmup_limit=warmup_limit,
+        patience=patience,
         call=call,
     )
 
@@ -68,8 +75,8 @@ def clip_by_ema(
     ratio: Any = 2.0,
     decay: float = 0.99,
     *,
-    measure: Measure = global_norm,
-    feeding: Feed = clipped,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 25,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 50,
@@ -83,8 +90,8 @@ def clip_by_ema(
     Args:
       ratio: > 1, a factor on the average norm (torchzero: 1.5): a number, a traced scalar, or a schedule.
       decay: in [0, 1), per step (torchzero: 0.99).
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the average: the norm after the clip by default.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the average: the norm after the clip by default; None for `clipped`.
       warmup: steps that only collect (25, as ZClip).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the average starts afresh; None for never.
@@ -103,6 +110,7 @@ def clip_by_ema(
     Example:
       >>> tx = optax.chain(clip_by_ema(2.0), optax.adamw(1e-3))
     """
+    measure, feeding = measure or global_norm, feeding or clipped
     rule = ema_ratio(
         ratio, decay, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience, call="clip_by_ema"
     )

@@ -72,8 +72,8 @@ def clip_by_historical_norm(
     z: Any = 3.0,
     window: int = 128,
     *,
-    measure: Measure = global_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 64,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
@@ -88,8 +88,8 @@ def clip_by_historical_norm(
     Args:
       z: > 0, standard deviations above the mean (Levanter: 3): a number, a traced scalar, or a schedule.
       window: >= 2, norms remembered (Levanter: 128).
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the window: the norm before the clip by default, "to prevent collapse".
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the window: the norm before the clip by default, "to prevent collapse"; None for `raw`.
       warmup: norms to collect first (Levanter: half the window).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
@@ -109,6 +109,7 @@ def clip_by_historical_norm(
     Example:
       >>> tx = optax.chain(optax.adamw(1e-3), clip_by_historical_norm())
     """
+    measure, feeding = measure or global_norm, feeding or raw
     rule = window_zscore(
         z, window, warmup=warmup, feeding=feeding, warmup_limit=warmup_limit, patience=patience,
         call="clip_by_historical_norm",

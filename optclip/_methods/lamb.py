@@ -44,7 +44,7 @@ def trust_ratio(ratio: Any, measure: Measure, *, cap: float = jnp.inf, call: str
 
 
 def lamb_clip(
-    ratio: Any = 1.0, *, cap: float = jnp.inf, measure: Measure = leaf_norm
+    ratio: Any = 1.0, *, cap: float = jnp.inf, measure: Measure | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the update of each leaf down to ``ratio`` times the norm of its parameters (LAMB with trust clip).
 
@@ -56,7 +56,7 @@ def lamb_clip(
     Args:
       ratio: > 0 (timm: 1), the largest trust ratio: a number, a traced scalar, or a schedule.
       cap: > 0, the largest norm of parameters to count (pytorch-lamb: 10).
-      measure: the scope, see `optclip.measures`.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
 
     State: `ClipState`; ``stats.sizes`` is the tree of the updates with a float32 scalar at each leaf.
 
@@ -73,4 +73,5 @@ def lamb_clip(
     Example:
       >>> tx = optax.chain(optax.scale_by_adam(), lamb_clip(), optax.scale(-1e-3))
     """
+    measure = measure or leaf_norm
     return clip_by(measure, trust_ratio(ratio, measure, cap=cap, call="lamb_clip"))

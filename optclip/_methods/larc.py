@@ -18,7 +18,7 @@ def larc_clip(
     trust_coefficient: Any = 0.02,
     *,
     weight_decay: float = 0.0,
-    measure: Measure = leaf_norm,
+    measure: Measure | None = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient of each leaf down so that a step is at most a fraction of its parameters (LARC, clip mode).
@@ -32,7 +32,7 @@ def larc_clip(
       learning_rate: > 0, that of the SGD behind: a number, a traced scalar, or a schedule.
       trust_coefficient: > 0 (apex: 0.02), the largest ratio of step to parameters: likewise.
       weight_decay: >= 0, added here in place of the optimizer, so that the clip sees it.
-      measure: the scope, see `optclip.measures`.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
       record: whether the state keeps sizes and limits.
 
     State: `ClipState`; ``stats.sizes`` is ||g_i|| + weight_decay * ||w_i|| and ``stats.limits`` its limit, a float32
@@ -52,6 +52,7 @@ def larc_clip(
     Example:
       >>> tx = optax.chain(larc_clip(0.1, weight_decay=1e-4), optax.sgd(0.1, momentum=0.9))
     """
+    measure = measure or leaf_norm
     _checks.check_positive("larc_clip", "learning_rate", learning_rate)
     _checks.check_positive("larc_clip", "trust_coefficient", trust_coefficient)
     _checks.check_nonnegative("larc_clip", "weight_decay", weight_decay)
@@ -83,4 +84,3 @@ def _add(g: Any, w: Any, decay: jax.Array) -> Any:
     wide = _elementwise.widen(g)
     decay = decay.astype(jnp.finfo(wide.dtype).dtype)
     return jnp.where(decay == 0, wide, wide + decay * _elementwise.widen(w).astype(wide.dtype))
-

@@ -30,7 +30,7 @@ class MarsState(NamedTuple):
 
 
 def mars_clip(
-    max_norm: Any = 1.0, gamma: Any = 0.025, b1: float = 0.95, *, measure: Measure = leaf_norm, record: bool = True
+    max_norm: Any = 1.0, gamma: Any = 0.025, b1: float = 0.95, *, measure: Measure | None = None, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Adds to the gradient its change since the last step, and scales each leaf down to unit norm (MARS).
 
@@ -43,7 +43,7 @@ def mars_clip(
       max_norm: > 0 (paper: 1), in units of the gradient norm of a leaf: a number, a traced scalar, or a schedule.
       gamma: >= 0 (paper: 0.025), the strength of the correction: likewise; 0 for none.
       b1: in [0, 1), that of the Adam behind (paper: 0.95).
-      measure: the scope of the clip, see `optclip.measures`.
+      measure: the scope of the clip, see `optclip.measures`; None for `leaf_norm`.
       record: whether the state keeps sizes and limits.
 
     State: `MarsState`: one float32 array and one int32 per leaf; ``clip.stats.sizes`` are the norms of the corrected
@@ -64,6 +64,7 @@ def mars_clip(
     Example:
       >>> tx = optax.chain(mars_clip(), optax.adamw(3e-3, b1=0.95, b2=0.99))
     """
+    measure = measure or leaf_norm
     _checks.check_nonnegative("mars_clip", "gamma", gamma)
     _checks.check_fraction("mars_clip", "b1", b1)
     knob = scheduled((gamma,))
@@ -97,4 +98,3 @@ def _correct(g: Any, last: jax.Array, weight: jax.Array) -> Any:
 
 def _remember(g: Any, last: jax.Array, fine: jax.Array) -> jax.Array:
     return jnp.where(fine, _elementwise.widen(g), last) if _numerics.is_gradient(g) else last
-

@@ -45,7 +45,7 @@ def median_ratio(
     size on which an estimate is drawn is part of it; the very first is left out.
 
     Args:
-      ratio: > 1: a number, a traced scalar, or a schedule.
+      ratio: > 0: a number, a traced scalar, or a schedule.
       window: >= 4, sizes remembered, and steps between two estimates.
       feeding: what enters the window, see `optclip.thresholds`.
       warmup: steps that only collect, besides those before the first estimate.
@@ -91,8 +91,8 @@ def clip_by_median(
     ratio: Any = 2.0,
     window: int = 100,
     *,
-    measure: Measure = global_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 0,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
@@ -105,10 +105,10 @@ def clip_by_median(
     When to use: against heavy tails. Up to half of the norms may be wild before the median moves.
 
     Args:
-      ratio: > 1 (``clipping_scale``; icefall's recipes: 2): a number, a traced scalar, or a schedule.
+      ratio: > 0 (``clipping_scale``; icefall's recipes: 2): a number, a traced scalar, or a schedule.
       window: >= 4, norms remembered, and steps between two estimates (icefall: 100).
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the window: the norm before the clip by default.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the window: the norm before the clip by default; None for `raw`.
       warmup: steps that only collect; the first estimate is after 10 in any case, doubled until the window is full.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
@@ -129,6 +129,7 @@ def clip_by_median(
     Example:
       >>> tx = optax.chain(clip_by_median(2.0), optax.adam(1e-3))
     """
+    measure, feeding = measure or global_norm, feeding or raw
     rule = median_ratio(
         ratio, window, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
         call="clip_by_median",

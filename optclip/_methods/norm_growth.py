@@ -35,7 +35,7 @@ def growth_ratio(
     Example:
       >>> tx = clip_by(global_norm, growth_ratio(1.1))
     """
-    _checks.check_positive(call, "ratio", ratio)
+    _checks.check_above_one(call, "ratio", ratio)
 
     def init(size: jax.Array) -> Last:
         return Last(jnp.zeros_like(size))
@@ -51,7 +51,7 @@ def growth_ratio(
 
 
 def norm_growth_limiter(
-    ratio: Any = 1.01, *, measure: Measure = leaf_norm, feeding: Feed = clipped, patience: int | None = 50
+    ratio: Any = 1.01, *, measure: Measure | None = None, feeding: Feed | None = None, patience: int | None = 50
 ) -> optax.GradientTransformationExtraArgs:
     """Lets the norm of each leaf grow by at most ``ratio`` in a step.
 
@@ -62,8 +62,8 @@ def norm_growth_limiter(
 
     Args:
       ratio: > 1 (gamma; papers: 1.01): a number, a traced scalar, or a schedule.
-      measure: the scope, see `optclip.measures`.
-      feeding: what counts as the last norm: the one after the limit.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
+      feeding: what counts as the last norm: the one after the limit; None for `clipped`.
       patience: steps in a row with a norm over 4 times its limit after which one passes as it is; None for never.
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.norm``: two int32 and one float32 per size.
@@ -82,4 +82,5 @@ def norm_growth_limiter(
     Example:
       >>> tx = optax.chain(optax.scale_by_adam(), norm_growth_limiter(), optax.scale(-1e-3))
     """
+    measure, feeding = measure or leaf_norm, feeding or clipped
     return clip_by(measure, growth_ratio(ratio, feeding=feeding, patience=patience, call="norm_growth_limiter"))

@@ -4,7 +4,6 @@ from typing import Any
 
 import optax
 
-from optclip import _checks
 from optclip._clip import clip_by
 from optclip._rules import fixed
 from optclip.measures import Measure, global_norm
@@ -12,7 +11,7 @@ from optclip.responses import normalize
 
 
 def normalize_by_update_norm(
-    scale_factor: Any = 1.0, *, measure: Measure = global_norm
+    scale_factor: Any = 1.0, *, measure: Measure | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Brings the norm of the gradient to ``scale_factor``, from above and from below (normalized gradient descent).
 
@@ -23,7 +22,7 @@ def normalize_by_update_norm(
 
     Args:
       scale_factor: > 0, the norm of the result: a number, a traced scalar, a schedule, or a prefix tree of these.
-      measure: the scope, see `optclip.measures`; ``leaf_norm`` normalizes each leaf.
+      measure: the scope, see `optclip.measures`; ``leaf_norm`` normalizes each leaf; None for `global_norm`.
 
     State: `ClipState`; ``stats.sizes`` is the norm before.
 
@@ -39,5 +38,6 @@ def normalize_by_update_norm(
     Example:
       >>> tx = optax.chain(optax.trace(0.9), normalize_by_update_norm(), optax.scale(-0.01))
     """
-    _checks.check_positive("normalize_by_update_norm", "scale_factor", scale_factor)
-    return clip_by(measure, fixed(scale_factor), normalize)
+    measure = measure or global_norm
+    rule = fixed(scale_factor, call="normalize_by_update_norm", name="scale_factor")
+    return clip_by(measure, rule, normalize)

@@ -72,8 +72,8 @@ def clip_by_ema_sigma(
     decay: Any = 0.99,
     *,
     first_limit: Any = 1.0,
-    measure: Measure = global_norm,
-    feeding: Feed = accepted,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     patience: int | None = 50,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the gradient down to mean + 3 standard deviations of its norm, averaged over unclipped steps.
@@ -90,8 +90,8 @@ def clip_by_ema_sigma(
       decay: in [0, 1), per step (Open-Sora Plan: 0.99).
       first_limit: > 0, the limit of the first step and the highest start of the mean (Open-Sora Plan: 1.0), in units
         of the norm; infinity for none.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the averages: by default norms that were not clipped.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the averages: by default norms that were not clipped; None for `accepted`.
       patience: clips in a row after which the averages start afresh, at three times the norm of the day, and zeros do
         not enter them; None for neither.
 
@@ -110,6 +110,7 @@ def clip_by_ema_sigma(
     Example:
       >>> tx = optax.chain(clip_by_ema_sigma(), optax.adamw(1e-4))
     """
+    measure, feeding = measure or global_norm, feeding or accepted
     rule = ema_sigma(
         sigmas, decay, first_limit=first_limit, feeding=feeding, patience=patience, call="clip_by_ema_sigma"
     )

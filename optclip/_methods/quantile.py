@@ -78,7 +78,7 @@ def clip_by_quantile(
     rate: Any = 0.2,
     *,
     ratio: Any = 1.0,
-    measure: Measure = global_norm,
+    measure: Measure | None = None,
     warmup: int = 0,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 50,
@@ -95,7 +95,7 @@ def clip_by_quantile(
       rate: > 0 (paper's eta_C: 0.2), the largest relative change of q in a step, likewise.
       ratio: > 0, a factor on the quantile (paper: 1; 2 with the median guards as `clip_by_median` does): a number, a
         traced scalar, or a schedule.
-      measure: the scope, see `optclip.measures`.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
       warmup: steps that only track.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which q starts afresh at the norm of the day, and zeros do not move it; None for
@@ -118,6 +118,7 @@ def clip_by_quantile(
     Example:
       >>> tx = optax.chain(clip_by_quantile(0.9), optax.adamw(1e-3))
     """
+    measure = measure or global_norm
     rule = quantile_tracker(
         quantile, rate, ratio=ratio, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
         call="clip_by_quantile",

@@ -53,9 +53,10 @@ def spike_ratio(
     Example:
       >>> tx = clip_by(leaf_norm, spike_ratio(25.0))  # clips norms beyond 5 times their root mean square
     """
-    _checks.check_positive(call, "theta", theta)
+    _checks.check_above_one(call, "theta", theta)
     _checks.check_fraction(call, "decay", decay)
-    _checks.check_count(call, "warmup", warmup)
+    _checks.check_steps(call, "warmup", warmup)
+    _checks.check_callable(call, feeding=feeding)
     schedule = scheduled((theta,))
 
     def init(sizes: Any) -> Spikes:
@@ -82,7 +83,7 @@ def spike_ratio(
 
 
 def spam_clip(
-    theta: Any = 5000.0, decay: float = 0.999, *, feeding: Feed = clipped, warmup: int = 19, wake: bool = True
+    theta: Any = 5000.0, decay: float = 0.999, *, feeding: Feed | None = None, warmup: int = 19, wake: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Clips each element whose square is beyond ``theta`` times its own second moment (SPAM).
 
@@ -94,7 +95,7 @@ def spam_clip(
     Args:
       theta: > 1 (paper: 5000), in units of the second moment: a number, a traced scalar, or a schedule.
       decay: in [0, 1) (beta_2; paper: 0.999), per step.
-      feeding: what enters the moment: the clipped element, as in the authors' code.
+      feeding: what enters the moment: the clipped element, as in the authors' code; None for `clipped`.
       warmup: updates that pass first (authors' code: 19).
       wake: whether an element whose moment is still 0 passes.
 
@@ -115,6 +116,7 @@ def spam_clip(
     Example:
       >>> tx = optax.chain(spam_clip(), optax.adam(1e-3))
     """
+    feeding = feeding or clipped
     rule = spike_ratio(theta, decay, feeding=feeding, warmup=warmup, wake=wake, call="spam_clip")
 
     def init(params: Any) -> ClipState:

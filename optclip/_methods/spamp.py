@@ -18,8 +18,8 @@ def spamp(
     decay: float = 0.99,
     *,
     least: float = 0.7,
-    measure: Measure = leaf_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     patience: int | None = 50,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
@@ -34,8 +34,8 @@ def spamp(
     Args:
       decay: in [0, 1) (beta; paper: 0.9 to 0.999), per step.
       least: in (0, 1], the smallest power (paper: 0.7); 1 is a plain clip at the average.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the average: the raw norm.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
+      feeding: what enters the average: the raw norm; None for `raw`.
       patience: steps in a row with a norm over 4 times its average after which the average starts afresh; None for
         never.
       record: whether the state keeps norms and averages.
@@ -57,6 +57,7 @@ def spamp(
     Example:
       >>> tx = optax.chain(spamp(), optax.sgd(0.1))
     """
+    measure, feeding = measure or leaf_norm, feeding or raw
     _checks.check("spamp", "least", least, lambda x: (x > 0) & (x <= 1), "in (0, 1]")
     rule = running_mean(decay, feeding=feeding, patience=patience, call="spamp")
 

@@ -36,7 +36,7 @@ def stable_adamw_clip(
     decay: float = 0.99,
     *,
     eps: float = 1e-6,
-    measure: Measure = leaf_rms,
+    measure: Measure | None = None,
     record: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales the whole step of an optimizer down where gradients outrun their second moment (StableAdamW).
@@ -52,7 +52,8 @@ def stable_adamw_clip(
       max_rms: > 0 (d; paper: 1): a number, a traced scalar, or a schedule.
       decay: in [0, 1), that of the second moment (paper: 0.99); give the ``b2`` of ``inner``.
       eps: > 0 (authors' code: 1e-6), the floor of the root of v', in units of the gradient.
-      measure: how the ratios |g_j| / max(sqrt(v'_j), eps) of a scope make a size: the root mean square of each leaf.
+      measure: how the ratios |g_j| / max(sqrt(v'_j), eps) of a scope make a size; None for
+        `leaf_rms`, the root mean square of each leaf.
       record: whether the state keeps sizes and limits.
 
     State: `StableAdamWState`: one float32 array and one int32 per leaf, the clip's own, for an optimizer does not show
@@ -72,6 +73,8 @@ def stable_adamw_clip(
     Example:
       >>> tx = stable_adamw_clip(optax.adamw(2e-3, b2=0.99, weight_decay=0.2))
     """
+    measure = measure or leaf_rms
+    _checks.check_transformation("stable_adamw_clip", "inner", inner)
     _checks.check_positive("stable_adamw_clip", "max_rms", max_rms)
     _checks.check_fraction("stable_adamw_clip", "decay", decay)
     _checks.check_positive("stable_adamw_clip", "eps", eps)

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optclip import _checks, _elementwise
@@ -19,7 +18,12 @@ _STUCK = 0.2  # a norm brought to less than this for long is not damped but thro
 
 
 def adaclip(
-    decay: float = 0.999, *, ord: float = np.inf, stack_axis: Any = None, axis_name: Any = None, feeding: Feed = raw,
+    decay: float = 0.999,
+    *,
+    ord: float | None = None,
+    stack_axis: Any = None,
+    axis_name: Any = None,
+    feeding: Feed | None = None,
     patience: int | None = 50,
 ) -> optax.GradientTransformationExtraArgs:
     """Presses the elements of a leaf beyond the moving average of its largest magnitude (Stable-SPAM's AdaClip).
@@ -31,10 +35,10 @@ def adaclip(
 
     Args:
       decay: in [0, 1) (gamma_3; authors' code: 0.999), per step.
-      ord: the p-norm that stands for the largest magnitude; infinity, the paper's, is that magnitude.
+      ord: the p-norm that stands for the largest magnitude; None for infinity, the paper's, which is that magnitude.
       stack_axis: the axis along which leaves stack layers, see `measures.leaf_norm`.
       axis_name: see `measures.global_norm`.
-      feeding: what enters the average: the raw maximum.
+      feeding: what enters the average: the raw maximum; None for `raw`.
       patience: steps in a row with a maximum over 4 times the average after which it starts afresh; None for never.
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean``: two int32 and one float32 per leaf.
@@ -56,8 +60,9 @@ def adaclip(
     Example:
       >>> tx = optax.chain(adaclip(), adagn(), optax.adam(1e-3))
     """
+    feeding = feeding or raw
     rule = running_mean(decay, feeding=feeding, patience=patience, call="adaclip")
-    ord = _checks.check_ord("adaclip", ord)
+    ord = _checks.check_ord("adaclip", jnp.inf if ord is None else ord)
     return clip_by(partial(leaf_norm, ord=ord, stack_axis=stack_axis, axis_name=axis_name), rule, press)
 
 
@@ -78,7 +83,13 @@ class Moments(NamedTuple):
 
 
 def moment_ratio(
-    b1: float, b2: float, *, debias: bool, eps: float = 0.0, feeding: Feed = raw, patience: int | None = 100,
+    b1: float,
+    b2: float,
+    *,
+    debias: bool,
+    eps: float = 0.0,
+    feeding: Feed = raw,
+    patience: int | None = 100,
     call: str = "moment_ratio",
 ) -> Threshold:
     """The size to reach, with `responses.normalize`: EMA(size) / (sqrt(EMA(size^2)) + eps), this one included.
@@ -101,8 +112,9 @@ def moment_ratio(
     for name, decay in (("b1", b1), ("b2", b2)):
         _checks.check_fraction(call, name, decay)
     _checks.check_nonnegative(call, "eps", eps)
+    _checks.check_callable(call, feeding=feeding)
     if patience is not None:
-        _checks.check_count(call, "patience", patience, least=1)
+        _checks.check_steps(call, "patience", patience, least=1)
 
     def init(size: jax.Array) -> Moments:
         zero = lambda: jnp.zeros(jnp.shape(size), jnp.int32)  # buffers of their own, so that a state can be donated
@@ -131,7 +143,12 @@ def moment_ratio(
 
 
 def adagn(
-    b1: float = 0.7, b2: float = 0.9, *, eps: float = 1e-8, measure: Measure = leaf_norm, feeding: Feed = raw,
+    b1: float = 0.7,
+    b2: float = 0.9,
+    *,
+    eps: float = 1e-8,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     patience: int | None = 100,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf to the ratio of the moments of its norm (Stable-SPAM's AdaGN).
@@ -146,8 +163,8 @@ def adagn(
       b1: in [0, 1) (gamma_1; authors' code: 0.7, their scripts: 0.85), per step.
       b2: in [0, 1) (gamma_2; authors' code: 0.9, their scripts: 0.99999), per step.
       eps: >= 0 (1e-8), in units of the gradient norm.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the moments, as a function of the norm and the root of v'.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
+      feeding: what enters the moments, as a function of the norm and the root of v'; None for `raw`.
       patience: steps in a row with a result below 1/5 after which v starts from the square of m; None for never.
 
     State: `ClipState`; ``rule`` is a `Moments`: two int32 and two float32 per size. ``stats.limits`` are the norms to
@@ -167,12 +184,18 @@ def adagn(
     Example:
       >>> tx = optax.chain(adaclip(), adagn(), optax.adam(1e-3))
     """
+    measure, feeding = measure or leaf_norm, feeding or raw
     rule = moment_ratio(b1, b2, debias=True, eps=eps, feeding=feeding, patience=patience, call="adagn")
     return clip_by(measure, rule, normalize)
 
 
 def gradient_stabilizer(
-    b1: float = 0.6, b2: float = 0.999, *, debias: bool = False, measure: Measure = leaf_norm, feeding: Feed = raw,
+    b1: float = 0.6,
+    b2: float = 0.999,
+    *,
+    debias: bool = False,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     patience: int | None = 100,
 ) -> optax.GradientTransformationExtraArgs:
     """Scales each leaf to the ratio of the uncorrected moments of its norm (GradientStabilizer).
@@ -187,8 +210,8 @@ def gradient_stabilizer(
       b1: in [0, 1) (gamma_1; paper: 0.6), per step.
       b2: in [0, 1) (gamma_2; paper: 0.999), above b1 squared, per step.
       debias: whether both moments are corrected for their start at 0 (paper: no); a fixed choice.
-      measure: the scope, see `optclip.measures`; ``global_norm`` for one norm over all leaves.
-      feeding: what enters the moments, as a function of the norm and the root of v.
+      measure: the scope, see `optclip.measures`; ``global_norm`` for one norm over all leaves; None for `leaf_norm`.
+      feeding: what enters the moments, as a function of the norm and the root of v; None for `raw`.
       patience: steps in a row with a result below 1/5 after which v starts from the square of m; None for never.
 
     State: `ClipState`; ``rule`` is a `Moments`: two int32 and two float32 per size.
@@ -208,5 +231,6 @@ def gradient_stabilizer(
     Example:
       >>> tx = optax.chain(gradient_stabilizer(debias=True), optax.sgd(0.1))
     """
+    measure, feeding = measure or leaf_norm, feeding or raw
     rule = moment_ratio(b1, b2, debias=debias, feeding=feeding, patience=patience, call="gradient_stabilizer")
     return clip_by(measure, rule, normalize)

@@ -67,8 +67,8 @@ def clip_by_percentile(
     window: int = 1000,
     max_norm: Any = 1.0,
     *,
-    measure: Measure = global_norm,
-    feeding: Feed = raw,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int | None = None,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
@@ -85,8 +85,8 @@ def clip_by_percentile(
       percent: in [0, 100] (TRELLIS: 95): a number, a traced scalar, or a schedule.
       window: >= 1, norms remembered (TRELLIS: 1000).
       max_norm: > 0, the largest limit (TRELLIS's configurations: 1.0): a number, a traced scalar, or a schedule.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the window: the norm before the clip by default.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the window: the norm before the clip by default; None for `raw`.
       warmup: norms to collect first; None for a full window.
       warmup_limit: a static limit during warm-up besides ``max_norm``, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
@@ -107,6 +107,7 @@ def clip_by_percentile(
     Example:
       >>> tx = optax.chain(clip_by_percentile(95.0, max_norm=1.0), optax.adamw(1e-4))
     """
+    measure, feeding = measure or global_norm, feeding or raw
     rule = past_percentile(
         percent, window, cap=max_norm, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
         call="clip_by_percentile",

@@ -43,13 +43,13 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
     if (max_delta is None) == (lower is None and upper is None):
         raise ValueError("clip: give either max_delta, or lower and upper")
     if max_delta is not None:
-        _checks.check_positive("clip", "max_delta", max_delta)
+        _checks.check_limits("clip", "max_delta", max_delta)
         rule = scheduled((max_delta,))
     else:
         if lower is None or upper is None:
             raise ValueError("clip: lower and upper go together; use -inf or inf for a side without a bound")
-        _checks.check("clip", "lower", lower, lambda x: x <= 0, "<= 0, so that a zero gradient stays zero")
-        _checks.check("clip", "upper", upper, lambda x: x >= 0, ">= 0, so that a zero gradient stays zero")
+        _checks.check("clip", "lower", lower, lambda x: x <= 0, "<= 0, so that a zero gradient stays zero", tree=True)
+        _checks.check("clip", "upper", upper, lambda x: x >= 0, ">= 0, so that a zero gradient stays zero", tree=True)
         rule = scheduled((lower, upper))
 
     def init(params: Any) -> ClipState:

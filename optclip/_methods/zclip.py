@@ -75,7 +75,8 @@ def zscore(
     _checks.check_fraction(call, "decay", decay)
     _checks.check_nonnegative(call, "eps", eps)
     _checks.check_positive(call, "cap" if call == "zscore" else "max_norm", cap)
-    _checks.check_count(call, "warmup", warmup, least=1)
+    _checks.check_steps(call, "warmup", warmup, least=1)
+    _checks.check_callable(call, target=target)
 
     def init(size: jax.Array) -> Moments:
         return Moments(jnp.zeros_like(size), jnp.zeros_like(size))
@@ -108,11 +109,11 @@ def zclip(
     z: Any = 2.5,
     decay: Any = 0.97,
     *,
-    target: Target = reciprocal,
+    target: Target | None = None,
     max_norm: Any = jnp.inf,
     eps: Any = 1e-6,
-    measure: Measure = global_norm,
-    feeding: Feed = clipped,
+    measure: Measure | None = None,
+    feeding: Feed | None = None,
     warmup: int = 25,
     warmup_limit: Any = jnp.inf,
     patience: int | None = 50,
@@ -128,12 +129,12 @@ def zclip(
       z: > 0 (paper: 2.5): a number, a traced scalar, or a schedule.
       decay: in [0, 1), per step (paper's alpha: 0.97).
       target: where an outlier is brought: `thresholds.reciprocal` (the paper's), `thresholds.to_max`,
-        `thresholds.to_mean`, or a function of (mean, std, score, z).
+        `thresholds.to_mean`, or a function of (mean, std, score, z); None for `reciprocal`.
       max_norm: > 0, the largest norm at any time (authors' code: 1.0; paper: none): a number, a traced scalar, or a
         schedule.
       eps: >= 0, added to s in the score (authors' code: 1e-6), in units of the norm.
-      measure: the scope, see `optclip.measures`.
-      feeding: what enters the averages: the norm after the clip by default, before ``max_norm``.
+      measure: the scope, see `optclip.measures`; None for `global_norm`.
+      feeding: what enters the averages: the norm after the clip by default, before ``max_norm``; None for `clipped`.
       warmup: >= 1, norms whose plain mean and standard deviation start the averages (paper: 25).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row (by the score, not by ``max_norm``) after which the warm-up starts anew, and zeros do
@@ -158,6 +159,7 @@ def zclip(
     Example:
       >>> tx = optax.chain(zclip(), optax.adamw(1e-3))
     """
+    target, measure, feeding = target or reciprocal, measure or global_norm, feeding or clipped
     rule = zscore(
         z, decay, target=target, eps=eps, cap=max_norm, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit,
         patience=patience, call="zclip",

@@ -67,6 +67,7 @@ def u_clip(
       >>> out
       [1.0, 1.0, 1.0, 0.0]
     """
+    _checks.check_transformation("u_clip", "inner", inner)
     _checks.check_positive("u_clip", "max_carry", max_carry)
     clipper = optax.with_extra_args_support(inner)
 
@@ -119,11 +120,12 @@ def clip21(inner: optax.GradientTransformation) -> optax.GradientTransformationE
       >>> out
       [1.0, 2.0, 2.5, 2.5]
     """
+    _checks.check_transformation("clip21", "inner", inner)
     return _track(inner, 1.0)
 
 
 def track_median(
-    limit: Any, decay: Any = 0.0, *, measure: Measure = global_norm
+    limit: Any, decay: Any = 0.0, *, measure: Measure | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Emits a running estimate of the median of the gradients, which heavy tails hardly move.
 
@@ -136,7 +138,7 @@ def track_median(
         moves by at most (1 - decay) * limit per step.
       decay: in [0, 1). 0 is the pure median tracker; above it differences within the limit are averaged as momentum
         does (the Huber loss), and only those beyond are clipped. A number or a traced scalar.
-      measure: `measures.global_norm` for the geometric median, `measures.magnitude` for that of each element.
+      measure: None for `measures.global_norm`, the geometric median; `measures.magnitude` for that of each element.
 
     State: `FeedbackState`; ``buffer`` is the estimate m, as large as the parameters, in float32.
 
@@ -152,6 +154,7 @@ def track_median(
     Example:
       >>> tx = optax.chain(track_median(1.0, decay=0.9), optax.sgd(0.1))
     """
+    measure = measure or global_norm
     _checks.check_fraction("track_median", "decay", decay)
     response = clamp if measure is magnitude else rescale
     return _track(clip_by(measure, fixed(limit, call="track_median"), response), 1 - jnp.asarray(decay, jnp.float32))

@@ -70,8 +70,15 @@ def skip_nonfinite(
       >>> updates.tolist(), int(state.total)
       ([0.0, 0.0], 1)
     """
+    _checks.check_transformation("skip_nonfinite", "inner", inner)
     if max_consecutive is not None:
-        _checks.check("skip_nonfinite", "max_consecutive", max_consecutive, lambda n: n >= 0, ">= 0, or None")
+        _checks.check(
+            "skip_nonfinite",
+            "max_consecutive",
+            max_consecutive,
+            lambda n: (n >= 0) & (n % 1 == 0),
+            "an integer >= 0, or None",
+        )
     guarded = optax.with_extra_args_support(inner)
 
     def init(params: Any) -> SkipState:

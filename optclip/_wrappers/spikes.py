@@ -41,7 +41,7 @@ def skip_spikes(
     rule: Any = None,
     *,
     loss_rule: Any = None,
-    measure: Measure = global_norm,
+    measure: Measure | None = None,
     patience: int | None = 50,
 ) -> optax.GradientTransformationExtraArgs:
     """Skips a step whose gradient norm, or loss, is an outlier by a rule; by default 6 sigma over 128 steps.
@@ -57,8 +57,9 @@ def skip_spikes(
         OLMo. Any rule will do (its own patience never runs out here); a number is a limit on the norm itself.
       loss_rule: likewise for the loss, which is then passed as ``update(..., value=loss)``; None ignores the loss.
         For a loss that may be zero or negative make the rule with ``patience=None``.
-      measure: the scope, see `optclip.measures`; a step is skipped if any size is beyond its limit. Inside
-        ``shard_map(check_vma=False)`` and ``pmap`` give it its axes: ``partial(global_norm, axis_name="data")``.
+      measure: the scope, see `optclip.measures`; None for `global_norm`. A step is skipped if any size is beyond
+        its limit. Inside ``shard_map(check_vma=False)`` and ``pmap`` give it its axes:
+        ``partial(global_norm, axis_name="data")``.
       patience: finite steps skipped in a row, after which the rules start afresh and the step is accepted, so that a
         new level is; None for never.
 
@@ -83,8 +84,10 @@ def skip_spikes(
       >>> updates.tolist(), int(state.total)
       ([0.0, 0.0, 0.0, 0.0], 1)
     """
+    measure = measure or global_norm
+    _checks.check_transformation("skip_spikes", "inner", inner)
     if patience is not None:
-        _checks.check_count("skip_spikes", "patience", patience, 1)
+        _checks.check_steps("skip_spikes", "patience", patience, 1)
     if rule is None:
         rule = window_zscore(6.0, 128, warmup=63, ddof=1)  # OLMo counts the current step in the least history
     guarded = optax.with_extra_args_support(inner)
