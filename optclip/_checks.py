@@ -21,7 +21,7 @@ def check(call: str, name: str, value: Any, holds: Callable[[Any], Any], bound: 
         said = f"{call}({name}={leaf!r}): {name} must be {bound}"
         number = isinstance(leaf, (int, float, np.number, np.ndarray)) and not isinstance(leaf, (bool, np.bool_))
         if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and not tree:
-            raise ValueError(f"{said}, a scalar, got shape {leaf.shape}")
+            raise ValueError(f"{call}({name}={leaf!r}): {name} must be a scalar, got shape {leaf.shape}")
         if isinstance(leaf, jax.Array) or callable(leaf):
             continue  # dynamic: its value may change from step to step, and reading it would wait for the device
         if not number:

@@ -45,21 +45,28 @@ def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], 
     crossing: list[Any] = []
     place: dict[int, int] = {}
 
-    def note(array: Any) -> None:
-        if id(array) not in outside and id(array) not in place:
+    def note(array: Any) -> Lifted | int:
+        if id(array) in outside:
+            return outside[id(array)]
+        if id(array) not in place:
             place[id(array)] = len(crossing)
             crossing.append(array)
+        return place[id(array)]
 
-    for value in values:
-        for array in _arrays(value):
-            note(array)
-    keep_alive = list(crossing)  # ids stay unique while this closure lives
+    def note_factors(term: Term) -> Term:
+        return dataclasses.replace(
+            term, factors=tuple(dataclasses.replace(f, array=note(f.array)) for f in term.factors)
+        )
+
+    # What waits for the other side holds places, not arrays: these belong to this side, and may not outlive it.
+    noted = [
+        dataclasses.replace(v, terms=tuple(map(note_factors, v.terms))) if isinstance(v, Factored) else note(v)
+        for v in values
+    ]
 
     def unpack(arrays: Sequence[Any], label: int | None) -> list[Any]:
-        del keep_alive[:]
-
-        def lift(array: Any) -> Lifted:
-            return outside[id(array)] if id(array) in outside else Lifted(arrays[place[id(array)]], label is not None)
+        def lift(at: Lifted | int) -> Lifted:
+            return at if isinstance(at, Lifted) else Lifted(arrays[at], label is not None)
 
         def lift_factor(factor: Any) -> Any:
             array, stacked = lift(factor.array)
@@ -72,13 +79,9 @@ def pack(values: Sequence[Any], outside: dict[int, Lifted]) -> tuple[list[Any], 
             terms = (dataclasses.replace(t, factors=tuple(map(lift_factor, t.factors))) for t in value.terms)
             return dataclasses.replace(value, terms=tuple(terms))
 
-        return [lift_value(v) for v in values]
+        return list(map(lift_value, noted))
 
     return crossing, unpack
-
-
-def _arrays(value: Any) -> list[Any]:
-    return [f.array for t in value.terms for f in t.factors] if isinstance(value, Factored) else [value]
 
 
 def run_batched(

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optclip.per_example import _engine
 from optclip.per_example._front import Call, Signature, prepare
 from optclip.per_example._jax import placed_as, zeros
-from optclip.per_example._limits import Limits, Weights, resolve, weigh
+from optclip.per_example._limits import Limits, Weights, check_limits, resolve, weigh
 from optclip.per_example._rules import Rule, hard
 
 __all__ = ["PerExample", "clipped_value_and_grad", "unclipped_fraction", "value_and_norms"]
@@ -80,12 +80,15 @@ def clipped_value_and_grad(
 
     Guarantees:
       For every input, finite or not, the contribution of an example to the *sum* has norm at most ``max_norm`` (per
-      group), up to rounding in the dtype it is formed in, and with ``drop_nonfinite`` adding or removing one example
-      changes the sum by at most ``max_norm``. The rules of this package keep ``coefficient * norm <= limit``.
+      group; a limit of 1e-13 or more), up to rounding in the dtype it is formed in, and with ``drop_nonfinite`` adding
+      or removing one example changes the sum by at most ``max_norm``. The rules of this package keep
+      ``coefficient * norm <= limit``.
 
     Edge cases:
-      A zero gradient has coefficient 1 under `hard` and contributes zero under every rule. A gradient whose squared
-      norm overflows float32 (norm above 1.8e19) counts as non-finite. A batch of padding only gives zeros.
+      A zero gradient has coefficient 1 under `hard` and contributes zero under every rule. Squares are formed in
+      float32: a gradient with a norm, or of a layer with an activation or cotangent, above 1.8e19 counts as non-finite;
+      norms below 1e-13, or of activations above 1e13, may come out too large, so that less than the limit is kept;
+      squares below 1e-38 may be 0. A batch of padding only gives zeros.
       Losses that couple examples (batch normalisation in training mode, contrastive losses) are evaluated on a batch
       of one, which is another function: use `check`.
 
@@ -111,6 +114,7 @@ def clipped_value_and_grad(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', not {reduction!r}")
     _check_microbatch(name, microbatch)
+    check_limits(name, max_norm)
 
     def f(*args: Any, example_mask: jax.Array | None = None, **kwargs: Any) -> tuple[tuple[jax.Array, PerExample], Any]:
         call = prepare(name, loss_fn, signature, args, kwargs)
@@ -172,7 +176,7 @@ def value_and_norms(
 
     def f(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
         call = prepare(name, loss_fn, signature, args, kwargs)
-        limits = resolve(name, prefix, call.params_tree)
+        limits = resolve(name, prefix, call.params_tree, "groups")
 
         def step(examples: list, mask: jax.Array | None) -> tuple[list, tuple]:
             losses, aux, squares = _engine.measure_norms(call, examples)

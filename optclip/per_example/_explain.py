@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from optclip.per_example import _engine, _reference
 from optclip.per_example._front import Call, Signature, prepare
+from optclip.per_example._terms import wide
 
 __all__ = ["Checked", "Explained", "LeafCost", "check", "explain"]
 
@@ -191,7 +192,7 @@ def _one_by_one(call: Call) -> tuple[jax.Array, list[jax.Array]]:
 
 def _relative(got: Sequence[jax.Array], wanted: Sequence[jax.Array]) -> float:
     def norm(arrays: Sequence[jax.Array]) -> jax.Array:
-        return jnp.sqrt(sum(jnp.sum(jnp.square(a.astype(jnp.promote_types(a.dtype, jnp.float32)))) for a in arrays))
+        return jnp.sqrt(sum(jnp.sum(jnp.square(a.astype(wide(a.dtype)))) for a in arrays))
 
     scale = jnp.maximum(norm(got), norm(wanted))
     difference = norm([a - b for a, b in zip(got, wanted, strict=True)])

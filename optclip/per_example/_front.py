@@ -136,6 +136,9 @@ def _check_loss(name: str, result: Any, has_aux: bool) -> tuple[Any, Any]:
         raise TypeError(f"{name}: with has_aux=True the loss function must return a pair (loss, aux)")
     pair: Any = result if has_aux else (result, None)
     loss, aux = pair
+    if not jax.tree_util.all_leaves([loss]):
+        kind = type(loss).__name__
+        raise TypeError(f"{name}: the loss must be a scalar, not {kind}; for a pair (loss, aux) pass has_aux=True")
     if jnp.shape(loss) != ():
         raise TypeError(
             f"{name}: the loss of one example must be a scalar, not of shape {jnp.shape(loss)}; "

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from optclip import _checks
 from optclip.per_example._rules import Rule
 
-__all__ = ["Limits", "Weights", "resolve", "weigh"]
+__all__ = ["Limits", "Weights", "check_limits", "resolve", "weigh"]
 
 
 class Limits(NamedTuple):
@@ -31,27 +32,27 @@ class Weights(NamedTuple):
     nonfinite: jax.Array  # bool[B]
 
 
-def resolve(name: str, max_norm: Any, params_tree: Any) -> Limits:
-    """Matches a scalar or a prefix tree of scalars with the parameters."""
+def resolve(name: str, max_norm: Any, params_tree: Any, what: str = "max_norm") -> Limits:
+    """Matches a scalar or a prefix tree of scalars with the parameters; ``what`` the argument is called."""
     placeholder = jax.tree.unflatten(params_tree, range(params_tree.num_leaves))
     values, tree = jax.tree.flatten(max_norm)
     try:
         subtrees = tree.flatten_up_to(placeholder)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{name}: max_norm must be a scalar or a prefix of the parameter tree: {error}") from None
+        raise ValueError(f"{name}: {what} must be a prefix of the parameter tree: {error}") from None
     group = [0] * params_tree.num_leaves
     for g, subtree in enumerate(subtrees):
         for leaf in jax.tree.leaves(subtree):
             group[leaf] = g
-    return Limits([_limit(name, v) for v in values], group, tree)
+    return Limits(values, group, tree)
 
 
-def _limit(name: str, value: Any) -> Any:
-    if jnp.shape(value) != ():
-        raise ValueError(f"{name}: every limit in max_norm must be a scalar, not of shape {jnp.shape(value)}")
-    if not isinstance(value, jax.Array) and not value > 0:
-        raise ValueError(f"{name}: max_norm must be > 0, not {value}")
-    return value
+def check_limits(name: str, max_norm: Any) -> None:
+    """Raises unless every limit is a number > 0 or a traced scalar."""
+    for value in jax.tree.leaves(max_norm):
+        if callable(value):
+            raise TypeError(f"{name}: max_norm must be > 0, not a schedule: pass its value at this step")
+        _checks.check_positive(name, "max_norm", value)
 
 
 def weigh(

@@ -71,12 +71,13 @@ def add_gaussian_noise(
       >>> tx = optax.chain(per_example.add_gaussian_noise(1.0, max_norm=1.0, batch_size=256, key=0), optax.sgd(0.1))
     """
     _checks.check_nonnegative("add_gaussian_noise", "noise_multiplier", noise_multiplier)
-    _checks.check_positive("add_gaussian_noise", "max_norm", max_norm)
+    _checks.check_limits("add_gaussian_noise", "max_norm", max_norm)
     _checks.check_positive("add_gaussian_noise", "batch_size", batch_size)
 
     def init(params: Any) -> GaussianNoiseState:
         del params
-        start = jax.random.key(key) if isinstance(key, int) else jnp.array(key)  # a copy: states may be donated
+        seed = jnp.ndim(key) == 0 and not jax.dtypes.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
+        start = jax.random.key(key) if seed else jnp.array(key)  # a copy: states may be donated
         return GaussianNoiseState(start, jnp.zeros((), jnp.int32))
 
     def update(
@@ -119,6 +120,7 @@ def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2
       >>> float(per_example.adapt_limit(jnp.float32(1.0), unclipped=jnp.float32(0.5)))
       1.0
     """
+    _checks.check_limits("adapt_limit", "limit", limit)
     return jax.tree.map(lambda c, b: c * jnp.exp(-rate * (jnp.clip(b, 0, 1) - quantile)), limit, unclipped)
 
 
@@ -137,6 +139,7 @@ def split_budget(max_norm: Any, groups: Any) -> Any:
       >>> per_example.split_budget(1.0, {"encoder": ..., "head": ..., "body": ..., "embed": ...})["head"]
       0.5
     """
+    _checks.check_positive("split_budget", "max_norm", max_norm)
     leaves, treedef = jax.tree.flatten(groups)
     return treedef.unflatten([max_norm / len(leaves) ** 0.5] * len(leaves))
 
@@ -151,6 +154,7 @@ def split_budget_by_size(max_norm: Any, params: Any) -> Any:
       >>> per_example.split_budget_by_size(1.0, {"a": jnp.ones(12), "b": jnp.ones(4)})["b"]
       0.5
     """
+    _checks.check_positive("split_budget_by_size", "max_norm", max_norm)
     total = sum(jnp.size(x) for x in jax.tree.leaves(params))
     return jax.tree.map(lambda x: max_norm * (jnp.size(x) / total) ** 0.5, params)
 

@@ -58,18 +58,46 @@ def squared_norm(value: Factored) -> tuple[jax.Array, Factored, Cost]:
     if is_dense(value) or is_direct(value):
         value = densify(value)
         (term,) = value.terms
-        return _sum_of_squares(term.factors[0].array, dtype), value, cost
-    total = jnp.zeros((), dtype)
+        square = _sum_of_squares(term.factors[0].array, dtype)
+        return _bound(square, _tiny(dtype, term.factors[0].array.size)), value, cost
+    total, lost = jnp.zeros((), dtype), jnp.zeros((), dtype)
     for i, a in enumerate(value.terms):
         for b in value.terms[:i]:
             total += 2 * inner(a, b).astype(dtype)
         total += (_rows_squared(a) if _is_rows(a) else inner(a, a)).astype(dtype)
+        lost += _lost(a, dtype, alone=len(value.terms) == 1)
     # A sum of squares in exact arithmetic; rounding may leave it just below zero when tokens cancel.
-    return jnp.maximum(total, 0), value, cost
+    return _bound(jnp.maximum(total, 0), len(value.terms) * lost), value, cost
 
 
 def _sum_of_squares(array: jax.Array, dtype: Any) -> jax.Array:
     return jnp.sum(jnp.square(array.astype(dtype)))
+
+
+def _bound(total: jax.Array, lost: Any) -> jax.Array:
+    """What a squared norm may be at most, of which ``lost`` may have underflowed: a limit then holds for every input.
+
+    Zero stays zero where less than 2^-96 was lost, for that is less than any limit on a norm.
+    """
+    return jnp.where((total > 0) | (lost > 2.0**-96), total + lost, total)
+
+
+def _tiny(dtype: Any, n: int) -> float:
+    """What ``n`` products that underflow may add up to."""
+    return n * float(jnp.finfo(dtype).tiny)
+
+
+def _lost(term: Term, dtype: Any, alone: bool) -> jax.Array:
+    """What may be missing from ``|G|^2`` because products of numbers out of range underflowed.
+
+    A product over n numbers loses at most n * tiny, and that is multiplied by what it meets in the other factors. By
+    itself (`_gram`) a term forms the product of its cotangents first, which meets the activation twice.
+    """
+    factors = [f.array for f in term.factors if isinstance(f, Dense)]
+    met = [_sum_of_squares(x, dtype) for x in (factors[:1] if alone and _tokens(term) > 1 else factors)]
+    length = max([term.sizes[x] for x in term.kept], default=1) + 1
+    sizes = sum(x.size for x in factors)
+    return _tiny(dtype, _tokens(term) * length) * (sum(met) + sizes)
 
 
 def is_direct(value: Factored) -> bool:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from optclip.per_example._front import Call
 from optclip.per_example._limits import Weights
+from optclip.per_example._terms import wide
 
 __all__ = ["clip", "measure_norms"]
 
@@ -20,8 +21,8 @@ __all__ = ["clip", "measure_norms"]
 def _gradients(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, list[jax.Array], list[jax.Array]]:
     grad = jax.value_and_grad(call.loss, has_aux=True)
     (losses, aux), grads = jax.vmap(lambda example: grad(call.params, example))(examples)
-    wide = [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in grads]
-    return losses, aux, wide, [jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in wide]
+    grads = [g.astype(wide(g.dtype)) for g in grads]
+    return losses, aux, grads, [jnp.sum(jnp.square(g), axis=range(1, g.ndim)) for g in grads]
 
 
 def measure_norms(call: Call, examples: list[jax.Array]) -> tuple[jax.Array, Any, list[jax.Array]]:

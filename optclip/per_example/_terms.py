@@ -127,17 +127,19 @@ def dense(array: Any) -> Factored:
 
 
 def wide(dtype: Any) -> Any:
-    """The dtype in which sums are formed: at least float32."""
-    return jnp.promote_types(dtype, jnp.float32)
+    """The dtype in which sums are formed: float64 for itself, else float32."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
     """``jnp.einsum`` over labels, summed in float32 or wider, contracted in the cheapest order."""
     names: dict[int, int] = {}
     operands: list[Any] = []
+    dtypes = {f.array.dtype for f in factors}
+    dtype = max(map(wide, dtypes), key=lambda d: d.itemsize)
     for factor in factors:
-        operands += [factor.array, [names.setdefault(x, len(names)) for x in factor.labels]]
-    dtype = wide(jnp.result_type(*(f.array for f in factors)))
+        array = factor.array if len(dtypes) == 1 else factor.array.astype(dtype)
+        operands += [array, [names.setdefault(x, len(names)) for x in factor.labels]]
     out = [names[x] for x in out]
     return jnp.einsum(*operands, out, optimize="optimal", precision=precision, preferred_element_type=dtype)
 
