@@ -45,7 +45,7 @@ def smallest(window: Window, index: jax.Array) -> jax.Array:
     bits = lax.bitcast_convert_type(values, ints)
 
     def settle_a_bit(turn: Any, found: jax.Array) -> jax.Array:
-        tried = found | lax.shift_left(jnp.ones((), ints), (width - 2 - turn).astype(ints))
+        tried = found | lax.shift_left(jnp.ones((), ints), jnp.asarray(width - 2 - turn, ints))
         before = jnp.sum((bits < tried[..., None]).astype(values.dtype), axis=-1)  # no integers: the faster kernel
         return jnp.where(before <= index.astype(values.dtype), tried, found)
 

@@ -12,8 +12,9 @@ from optclip._course import Course
 from optclip._transformation import transformation
 from optclip._vectors import concatenate, stack
 from optclip.measures import Measure, leaf_norm
+from optclip.selection import path_strings
 from optclip.sketch import Sketch
-from optclip.stats import path_string, plain, recorded, rows
+from optclip.stats import plain, recorded, rows
 
 
 class Recent(NamedTuple):
@@ -102,7 +103,7 @@ def observe(
 
     def init(params: Any) -> ObserveState:
         with _mesh.shapes_only():
-            sizes = jax.eval_shape(measure, params)
+            sizes = jax.eval_shape(lambda tree: _distinct(measure(tree)), params)
         n = sum(s.size for s in jax.tree.leaves(sizes))
         recent = Recent(
             jnp.zeros(history, jnp.float32),
@@ -123,8 +124,9 @@ def observe(
         )
 
     def update(updates: Any, state: ObserveState, params: Any = None, **extra: Any) -> tuple[Any, ObserveState]:
-        sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(measure(updates))]
-        parts = concatenate(sizes) if sizes else state.share
+        sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(_distinct(measure(updates)))]
+        parts = concatenate(sizes) if sizes else jnp.zeros(0, jnp.float32)
+        _checks.check_fits("updates", parts, state.share)
         norm = _root_of_squares(parts)
         updates, after = within.update(updates, state.inner, params, **extra)
         seen = _see(state, norm, parts)._replace(inner=after)
@@ -154,6 +156,8 @@ def merge(a: ObserveState, b: ObserveState) -> ObserveState:
       >>> int(optclip.merge(state, state).norm.counts.sum())
       2
     """
+    if not (isinstance(a, ObserveState) and isinstance(b, ObserveState)):
+        raise TypeError("merge needs two states of observe, not whole optimizer states")
     if jax.tree.structure(a.names) != jax.tree.structure(b.names) or a.share.shape != b.share.shape:
         raise ValueError("merge needs states of one measure on one tree of parameters")
     weights = [jnp.sum(s.norm.counts).astype(jnp.float32) for s in (a, b)]
@@ -179,10 +183,19 @@ def part_names(state: ObserveState) -> list[str]:
     return [name for row in state.names for name in row] if isinstance(state.names, tuple) else []
 
 
-def _names(sizes: Any) -> list[str]:
+def _distinct(sizes: Any) -> list[dict[str, Any]]:
+    """The sizes, each under its path. What equal labels share is one array, and counts once, at its first place."""
+    leaves = jax.tree.leaves_with_path(sizes)
+    names = path_strings([path for path, _ in leaves])
+    first: dict[int, tuple[str, Any]] = {}
+    for name, (_, size) in zip(names, leaves, strict=True):
+        first.setdefault(id(size), (name or "all", size))
+    return [{name: size} for name, size in first.values()]
+
+
+def _names(sizes: list[dict[str, Any]]) -> list[str]:
     names = []
-    for path, size in jax.tree.leaves_with_path(sizes):
-        name = path_string(path) or "all"
+    for name, size in [item for row in sizes for item in row.items()]:
         names += [f"{name}/{i}" for i in range(size.size)] if size.ndim else [name]
     return names
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from optclip import sketch
+from optclip import _checks, sketch
 from optclip._observe import ObserveState, find, part_names
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"  # told apart by colour-blind eyes (Okabe, Ito)
@@ -52,6 +52,8 @@ def plot(source: Any, *, limit: Any = None) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install optclip[plot]") from error
+    if limit is not None:
+        _checks.check_limits("plot", "limit", limit)
     series, state = _read(source)
     if series is None:
         assert state is not None
@@ -65,10 +67,15 @@ def plot(source: Any, *, limit: Any = None) -> Any:
 def _read(source: Any) -> tuple[_Series | None, ObserveState | None]:
     if isinstance(source, Mapping) and any(str(k).endswith("/preclip_norm") for k in source):
         return _from_summaries(source), None
-    if isinstance(source, list) and source and isinstance(source[0], Mapping):
-        return _from_summaries({k: np.stack([np.asarray(row[k]) for row in source]) for k in source[0]}), None
+    if isinstance(source, (list, tuple)) and source and all(isinstance(row, Mapping) for row in source):
+        common = [k for k in source[0] if all(k in row for row in source)]
+        if not any(str(k).endswith("/preclip_norm") for k in common):
+            raise ValueError("plot needs a clipper's keys in every dict, as summary returns them")
+        return _from_summaries({k: np.stack([np.asarray(row[k]) for row in source]) for k in common}), None
     if isinstance(source, list) or getattr(source, "ndim", 0) == 1:
         norm = np.asarray(source, np.float64)
+        if not norm.size:
+            raise ValueError("plot: nothing to draw, the list is empty")
         none = np.full(norm.shape, np.inf)
         return _Series(np.arange(len(norm)), norm, none, np.zeros(norm.shape, bool), norm[:, None][:, :0], []), None
     state = find(source)

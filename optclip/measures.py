@@ -78,7 +78,8 @@ def group_norm(tree: Updates, groups: Any, ord: float = 2, *, axis_name: Any = N
       axis_name: see `global_norm`.
 
     Returns:
-      Scalars in the structure of ``groups``; 0 for a group without gradient leaves.
+      Scalars in the structure of ``groups``, for equal labels one and the same array, by which sums over sizes count
+      it once; 0 for a group without gradient leaves.
 
     Example:
       >>> sizes = group_norm({"a": jnp.ones(4), "b": jnp.ones(9)}, {"a": 0, "b": 1})
@@ -213,10 +214,8 @@ def _per_leaf(tree: Updates, dims: list[Any], ord: float, axes: list[tuple[str, 
     rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
     plan = _numerics.Plan(tuple(dims[i] for i in rows), tuple(range(len(rows))), tuple(axes[i] for i in rows))
     sizes = _numerics.norms([leaves[i] for i in rows], plan, ord)
-    out: list[Any] = [jnp.zeros((), jnp.float32)] * len(leaves)
-    for i, size in zip(rows, sizes, strict=True):
-        out[i] = size
-    return treedef.unflatten(out)
+    made = dict(zip(rows, sizes, strict=True))
+    return treedef.unflatten([made[i] if i in made else jnp.zeros((), jnp.float32) for i in range(len(leaves))])
 
 
 def _axes_for(tree: Updates, dims: list[Any], axis_name: Any) -> list[tuple[str, ...]]:

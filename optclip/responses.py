@@ -62,8 +62,8 @@ def _where(which: jax.Array, yes: Any, no: Any) -> jax.Array:
 
 
 def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
-    """The limit; NaN where the size is not finite, so that whatever is made from it is NaN too."""
-    return _where(jnp.isfinite(size), limit, jnp.nan)
+    """The limit; NaN where the size is not finite or the limit negative, so that what is made from it is NaN too."""
+    return _where(jnp.isfinite(size) & ~(limit < 0), limit, jnp.nan)
 
 
 @partial(jax.jit, inline=True)  # traced once
@@ -119,8 +119,9 @@ def rescale(size: jax.Array, limit: jax.Array) -> jax.Array:
 def clamp(update: jax.Array, size: jax.Array, limit: jax.Array) -> jax.Array:
     """Clamps each element to [-limit, limit], whatever its size; infinities land on the bound, NaN stays NaN."""
     del size
-    beyond = (update < -limit) | (update > limit)
-    return _where(beyond, jnp.clip(update, -limit, limit), update)  # selected, for min and max flush denormals
+    within = (update >= -limit) & (update <= limit)
+    bounded = _where(limit >= 0, jnp.clip(update, -limit, limit), jnp.nan)
+    return _where(within, update, bounded)  # selected, for min and max flush denormals
 
 
 @_scaling
@@ -196,7 +197,8 @@ def floored(delta: float) -> Response:
 
     @_scaling
     def response(size: jax.Array, limit: jax.Array) -> jax.Array:
-        return _no_more_than(size, jnp.maximum(limit, jnp.asarray(delta, size.dtype) * size))
+        least = jnp.asarray(delta, size.dtype) * size
+        return _no_more_than(size, _where((limit >= 0) & (limit < least), least, limit))
 
     return response
 

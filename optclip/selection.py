@@ -12,7 +12,8 @@ where                                         what
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -56,12 +57,24 @@ def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
       >>> kind({"embed": jnp.ones((5, 4)), "kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
       {'bias': 'adamw', 'embed': 'adamw', 'kernel': 'muon'}
     """
-    return lambda tree: jax.tree.map_with_path(lambda path, leaf: choose(path_string(path), leaf), tree)
+
+    def chosen(tree: Any) -> Any:
+        leaves, treedef = jax.tree.flatten_with_path(tree)
+        return treedef.unflatten(map(choose, path_strings([path for path, _ in leaves]), [leaf for _, leaf in leaves]))
+
+    return chosen
 
 
-def path_string(path: Any) -> str:
-    """A key path as names joined by slashes, without the attribute ``value`` that wrapped variables add."""
-    names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
-    if len(path) > 1 and isinstance(path[-1], jax.tree_util.GetAttrKey) and names[-1] == "value":
-        names.pop()
-    return "/".join(names)
+def path_strings(paths: Sequence[Any]) -> list[str]:
+    """The key paths of all leaves of a tree as names joined by slashes.
+
+    Without the attribute ``value`` that wrapped variables add: it has no sibling, as the value of an attention has.
+    """
+    below = Counter(path[:n] for path in paths for n in range(len(path)))
+
+    def string(path: Any) -> str:
+        names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
+        wrapped = len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value") and below[path[:-1]] == 1
+        return "/".join(names[:-1] if wrapped else names)
+
+    return list(map(string, paths))

@@ -11,7 +11,7 @@ from optclip._vectors import concatenate
 from optclip._wrappers.nonfinite import SkipState
 from optclip._wrappers.spikes import SpikeState
 from optclip._wrappers.zero import ZeroState
-from optclip.selection import path_string
+from optclip.selection import path_strings
 
 __all__ = ["summary", "worst_leaf"]
 
@@ -27,14 +27,16 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
       per_leaf: whether to add the size and limit of every group, leaf or unit array under its path.
 
     Returns:
-      A flat dict of scalars. For the first clipper found the keys are
+      A flat dict of scalars; of a state stacked by ``jax.vmap`` ask for ``jax.vmap(summary)(state)``. For the first
+      clipper found the keys are
 
       ================================ ===========================================================================
       ``clip/preclip_norm``            size before the clip; over several groups, leaves or units the largest
       ``clip/limit``                   the limit of that size
       ``clip/scale``                   min(1, limit / size), the smallest over all sizes; NaN if a size is not finite
       ``clip/clipped``                 1.0 if any size was beyond its limit, else 0.0
-      ``clip/clipped_fraction``        the fraction of sizes (groups, leaves, units) beyond their limits
+      ``clip/clipped_fraction``        the fraction of sizes (groups, leaves, units) beyond their limits; a group whose
+                                       label stands at several places counts at each
       ``clip/worst_leaf_index``        which size exceeds its limit most, in ``jax.tree.leaves`` order
       ================================ ===========================================================================
 
@@ -134,7 +136,8 @@ def _excess(size: Any, limit: Any) -> jax.Array:
 def rows(state: ClipState) -> list[tuple[str, Any, Any]]:
     """Path, size and limit of every recorded size; a limit deeper than its size makes a row of its own."""
     stats = plain(state.stats)
-    return [(path_string(path), size, limit) for path, size, limit in _pairs(stats.sizes, stats.limits, ())]
+    pairs = _pairs(stats.sizes, stats.limits, ())
+    return [(name, *pair) for name, (_, *pair) in zip(path_strings([p for p, *_ in pairs]), pairs, strict=True)]
 
 
 def _pairs(size: Any, limit: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Any, Any]]:

@@ -1,8 +1,10 @@
 """The contract, items 4 and 5: zeros and their derivatives; NaN and infinity loud in their scope, and then gone."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import optclip
 from tests.cases import GRADS, PARAMS
 from tests.harness import assert_bits, assert_close, cases, each_case, finite, has_nan, run, scaled, standard_run, total
 
@@ -104,3 +106,15 @@ def test_finite_gradients_of_any_size_are_not_bad(case):
     step = jax.jit(lambda grad: tx.update(grad, tx.init(PARAMS), PARAMS)[0])
     for factor in (1e-30, 1e15, 1e30):
         assert finite(step(scaled(GRADS[0], factor))), factor
+
+
+@cases(limit=lambda name: name is not None, wrapper=False)
+def test_a_limit_that_is_nan_or_negative_is_loud(case):
+    for bad in (np.nan, -1.0):
+        tx = getattr(optclip, case.public)(**{**case.kwargs, case.limit: lambda count, bad=bad: jnp.float32(bad)})
+        state, seen = tx.init(PARAMS), []
+        for grad in GRADS:
+            update, state = tx.update(grad, state, PARAMS)
+            seen += map(np.asarray, jax.tree.leaves(update))
+        if np.isnan(bad) or not case.history:
+            assert any(np.isnan(x).any() for x in seen)

@@ -50,3 +50,11 @@ def test_a_compiled_step_moves_nothing_between_host_and_device(case):
     with jax.transfer_guard("disallow"):
         update, _ = step(grad, state, params)
     assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+
+
+@each_case
+def test_without_jit(case):
+    tx = case.make()
+    with jax.disable_jit():
+        update, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
+    assert_close(update, standard_run(case)[0][0], rtol=2e-6)

@@ -39,6 +39,19 @@ def test_dtypes_zeros_and_bad_numbers():
     assert optclip.clip_tree({}, 1.0) == ({}, 0.0)
 
 
+def test_a_given_norm_and_the_limit_keep_their_digits():
+    tree = {"w": jnp.array([3.0, 4.0])}
+    for norm in (5, np.int64(5), jnp.int32(5), jnp.float16(5), jnp.bfloat16(5)):
+        for limit in (0.5, 1.005, 1e-8):
+            clipped, same = optclip.clip_tree(tree, limit, norm=norm)
+            assert same.dtype == jnp.float32
+            np.testing.assert_allclose(clipped["w"], np.array([0.6, 0.8]) * limit, rtol=1e-6)
+    assert optclip.clip_tree({"w": jnp.full(4, 1e5)}, 7e4, norm=jnp.float16(65504))[0]["w"][0] == 1e5
+    for bad in (True, "5", [5.0], -1.0, np.ones(2)):
+        with pytest.raises((TypeError, ValueError), match=r"clip_tree\(norm=.*: norm must be "):
+            optclip.clip_tree(tree, 0.5, norm=bad)
+
+
 def test_a_traced_limit_and_a_bad_one():
     clip = jax.jit(lambda limit: optclip.clip_tree(GRADS[0], limit)[0])
     for limit in (0.1, 0.7):

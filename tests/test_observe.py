@@ -262,8 +262,10 @@ def test_history_must_be_a_count():
 def run_of(norms, parts=6, lead=None):
     """The state after a run whose norms are given; ``lead`` is the share of the first leaf."""
     norms = np.asarray(norms, np.float32)
-    shares = np.full((len(norms), parts), 1 / parts) if lead is None else np.broadcast_to(
-        [lead] + [(1 - lead) / (parts - 1)] * (parts - 1), (len(norms), parts)
+    shares = (
+        np.full((len(norms), parts), 1 / parts)
+        if lead is None
+        else np.broadcast_to([lead] + [(1 - lead) / (parts - 1)] * (parts - 1), (len(norms), parts))
     )
     grads = {f"leaf_{i}": (norms * np.sqrt(shares[:, i])).astype(np.float32) for i in range(parts)}
     return watch(optclip.observe(), grads)[0]
@@ -313,3 +315,25 @@ def test_advice_counts_what_a_limit_would_have_clipped():
         assert row.strongest == pytest.approx(min(1, row.limit / norms.max()), rel=1e-5)
     assert advice.quantiles[1.0] == pytest.approx(norms.max(), rel=1e-5)
     assert sum(p.share for p in advice.parts) == pytest.approx(1, rel=1e-5)
+
+
+def test_what_equal_labels_share_counts_once():
+    grad = {f"layer{i}": {"kernel": jnp.full(4, 2.0)} for i in range(4)}
+    labels = lambda tree: optclip.by_path({"layer[01]": "first"}, "last")(tree)
+    tx = optclip.observe(measure=partial(group_norm, groups=labels))
+    _, state = jax.jit(tx.update)(grad, tx.init(grad))
+    np.testing.assert_allclose(state.norm.high, 8.0, rtol=1e-6)
+    assert [row.name for row in optclip.advise(state).parts] == ["layer0/kernel", "layer2/kernel"]
+    np.testing.assert_allclose(state.share, [0.5, 0.5], rtol=1e-6)
+    rule = optclip.adagc(max_norm=1.0, measure=partial(group_norm, groups=labels))
+    update, _ = jax.jit(rule.update)(grad, rule.init(grad))
+    np.testing.assert_allclose(global_norm(update), 1.0, rtol=1e-6)
+
+
+def test_updates_of_another_tree_are_refused():
+    tx = optclip.observe()
+    with pytest.raises(ValueError, match="the updates do not fit the state"):
+        tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2), "b": jnp.ones(1)}))
+    chain = optax.chain(optclip.observe())
+    with pytest.raises(TypeError, match="merge needs two states of observe"):
+        optclip.merge(chain.init(jnp.ones(2)), chain.init(jnp.ones(2)))

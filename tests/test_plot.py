@@ -139,3 +139,19 @@ def test_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=r"optclip\[plot\]"):
         optclip.plot([1.0])
+
+
+def test_odd_sources_are_named_or_drawn():
+    tx = optclip.clip_by_global_norm(1.0)
+    _, state = tx.update(jnp.ones(4), tx.init(jnp.ones(4)))
+    step = optclip.summary(state)
+    for source in ([{**step, "eval": 1.0}, step], (step, step)):
+        assert optclip.plot(source).axes
+    for source, error, words in (
+        ([], ValueError, "the list is empty"),
+        ([{"loss": 1.0}], ValueError, "plot needs a clipper's keys"),
+    ):
+        with pytest.raises(error, match=words):
+            optclip.plot(source)
+    with pytest.raises(ValueError, match=r"plot\(limit=-3.0\): limit must be > 0"):
+        optclip.plot([1.0, 2.0], limit=-3.0)

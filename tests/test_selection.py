@@ -1,6 +1,7 @@
 """Groups, exemptions and stacked layers: each line of the README's table does what it says, for every kind of tree."""
 
 from functools import partial
+from typing import NamedTuple
 
 import chex
 import flax.linen as nn
@@ -14,7 +15,7 @@ from jax.tree_util import DictKey, GetAttrKey, SequenceKey
 
 import optclip
 from optclip import by_leaf, by_path
-from optclip.selection import path_string
+from optclip.selection import path_strings
 from tests.meshes import draw
 
 PARAMS, GRADS = draw(0), draw(1, 5.0)
@@ -43,7 +44,23 @@ def scaled(tree, factor):
     ],
 )
 def test_paths(path, expected):
-    assert path_string(path) == expected
+    assert path_strings([path]) == [expected]
+
+
+class Projections(NamedTuple):
+    query: object
+    value: object
+
+
+def test_a_value_with_siblings_is_no_wrapper():
+    tree = {"attn": Projections(jnp.ones(2), jnp.ones(2)), "scale": nn.Partitioned(jnp.ones(2), ("x",))}
+    label = by_path({"attn/value$": "V", "^scale$": "S"}, "rest")(tree)
+    assert label == {"attn": Projections("rest", "V"), "scale": nn.Partitioned("S", ("x",))}
+    tx = optclip.clip_by_leaf_norm(1.0)
+    state = tx.init(tree)
+    assert {k for k in optclip.summary(state, per_leaf=True) if "preclip_norm/" in k} == {
+        f"clip/preclip_norm/{path}" for path in ("attn/query", "attn/value", "scale")
+    }
 
 
 def test_the_first_pattern_wins():

@@ -47,7 +47,7 @@ def test_numbers_at_leaf_scope():
     paths = ["dense/bias", "dense/kernel", "head/kernel", "head/scale"]
     for path, size in zip(paths, sizes, strict=True):
         np.testing.assert_allclose(got[f"clip/preclip_norm/{path}"], size, rtol=1e-6)
-    (name, (path, ratio)), = optclip.worst_leaf(state).items()
+    ((name, (path, ratio)),) = optclip.worst_leaf(state).items()
     assert (name, path) == ("clip", paths[sizes.argmax()])
     np.testing.assert_allclose(ratio, sizes.max() / limit, rtol=1e-6)
 

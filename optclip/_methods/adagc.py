@@ -98,7 +98,7 @@ def ema_from_min(
     rule = per_size(init, step)
 
     def update(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
-        leaves = jax.tree.leaves(sizes)
+        leaves = list({id(s): s for s in jax.tree.leaves(sizes)}.values())  # those that labels share count once
         finite = [jnp.where(jnp.isfinite(s), s, 0) for s in pack(leaves)[0]]
         # Scalar sizes are the same on every device; the types of arrays (units) say whether they are sharded.
         total = global_norm(finite, axis_name=() if all(jnp.ndim(s) == 0 for s in leaves) else None)

@@ -46,7 +46,7 @@ def order_statistic(
       >>> tx = clip_by(global_norm, order_statistic(90, window=100))
     """
     _checks.check_count(call, "window", window, least=1)
-    _checks.check(call, name, rank, lambda x: (x >= 0) & (x < window) & (x % 1 == 0), f"an integer in [0, {window})")
+    _checks.check(call, name, rank, lambda x: (x >= 0) & (x < window) & (x % 1 == 0), f"in [0, {window}), an integer")
 
     def init(size: jax.Array) -> Window:
         return empty(size, window)
@@ -58,8 +58,10 @@ def order_statistic(
     def limit(size: jax.Array, inner: Window, count: jax.Array, rank: Any) -> jax.Array:
         window = feed(size, inner, count)
         n = held(window)
-        place = jnp.minimum(jnp.asarray(rank).astype(jnp.int32), jnp.maximum(n - 1, 0))
-        return jnp.where(n > 0, smallest(window, place), jnp.inf)
+        rank = jnp.asarray(rank)
+        place = jnp.minimum(jnp.where(rank >= 0, rank, 0).astype(jnp.int32), jnp.maximum(n - 1, 0))
+        found = jnp.where(n > 0, smallest(window, place), jnp.inf)
+        return jnp.where(rank >= 0, found, jnp.nan)
 
     return history(
         init, limit, feed, knob=rank, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,

@@ -61,6 +61,7 @@ def clippy(
       >>> tx = optax.chain(optax.adagrad(0.1), clippy(absolute=1e-3))
     """
     measure = measure or _largest
+    _checks.check_callable("clippy", measure=measure)
     _checks.check_positive("clippy", "relative", relative)
     _checks.check_nonnegative("clippy", "absolute", absolute)
     knobs = scheduled((relative, absolute))
@@ -87,7 +88,7 @@ def _ratio(rel: jax.Array, least: jax.Array, update: Any, param: Any) -> Any:
         return update
     size = jnp.abs(jnp.asarray(update)).astype(_numerics.accumulator(update))
     bound = rel.astype(size.dtype) * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least.astype(size.dtype)
-    bound = jnp.where(size == 0, 1, bound)
+    bound = jnp.where(bound >= 0, jnp.where(size == 0, 1, bound), jnp.nan)
     small = bound < 1
     ratio = jnp.where(small, size, size * _UNIT) / jnp.where(small, bound / _UNIT, bound)
     # What is still beyond the largest number is not to pass for an infinite update.

@@ -75,6 +75,7 @@ def stable_adamw_clip(
     """
     measure = measure or leaf_rms
     _checks.check_transformation("stable_adamw_clip", "inner", inner)
+    _checks.check_callable("stable_adamw_clip", measure=measure)
     _checks.check_positive("stable_adamw_clip", "max_rms", max_rms)
     _checks.check_fraction("stable_adamw_clip", "decay", decay)
     _checks.check_positive("stable_adamw_clip", "eps", eps)

@@ -69,5 +69,6 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
 def _between(update: jax.Array, low: jax.Array, high: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(update):
         raise TypeError("clip: complex numbers have no order; clip their norm instead, with clip_by_leaf_norm")
-    beyond = (update < low) | (update > high)
-    return jnp.where(beyond, jnp.clip(update, low, high), update)  # selected, for min and max flush denormals
+    within = (update >= low) & (update <= high)
+    bounded = jnp.where(low <= high, jnp.clip(update, low, high), jnp.nan)
+    return jnp.where(within, update, bounded)  # selected, for min and max flush denormals

@@ -24,12 +24,14 @@ def nonfinite(tree: Any) -> list[jax.Array]:
 
 
 def withhold(bad: jax.Array, updates: Any, fill: Any = 0.0) -> Any:
-    """The updates, or ``fill`` in their place (0 for those that are no gradients)."""
+    """The updates, or ``fill`` in their place: 0 for those that are no gradients, and random keys as they are."""
 
     def one(u: Any) -> Any:
         if getattr(u, "dtype", None) == jax.dtypes.float0:
             return u
         u = jnp.asarray(u)
+        if jnp.issubdtype(u.dtype, jax.dtypes.extended):
+            return u
         other = jnp.asarray(fill if _numerics.is_gradient(u) else 0).astype(u.dtype)
         return _numerics.cast_like(jnp.where(bad, other, u), u)
 

@@ -77,7 +77,7 @@ def skip_nonfinite(
             "max_consecutive",
             max_consecutive,
             lambda n: (n >= 0) & (n % 1 == 0),
-            "an integer >= 0, or None",
+            ">= 0, an integer, or None",
         )
     guarded = optax.with_extra_args_support(inner)
 

@@ -71,6 +71,7 @@ def test_the_first_step_passes_and_none_grows():
 
 def test_the_inner_optimizer_may_want_more_arguments():
     tx = optclip.stable_adamw_clip(
-        optax.GradientTransformationExtraArgs(lambda p: (), lambda u, s, p=None, *, value: (value * u, s)))
+        optax.GradientTransformationExtraArgs(lambda p: (), lambda u, s, p=None, *, value: (value * u, s))
+    )
     updates, _ = tx.update(np.float32(1), tx.init(np.float32(1)), value=3.0)
     assert float(updates) == pytest.approx(3)

@@ -226,3 +226,59 @@ def test_large_half_precision_norm():
     loss = lambda w, x: jnp.sum(w * x).astype(jnp.float32)
     _, norms = pe.value_and_norms(loss)(jnp.ones(100, jnp.float16), jnp.full((2, 100), 300, jnp.float16))
     np.testing.assert_allclose(norms, 3000, rtol=1e-3)
+
+
+def product(w, batch):
+    """Per example ``sum_t x_t (x) g_t`` as the gradient: out of range in its factors, not in itself."""
+    x, g = batch
+    return jnp.sum((x[0] @ w) * g[0])
+
+
+@pytest.mark.parametrize("positions", [1, 4, 64])  # outer, gram, direct
+@pytest.mark.parametrize(
+    ("x", "g"), [(1e18, 1e-20), (1e20, 1e-20), (1e-20, 1e18), (1e18, 1e-18), (1.0, 1e-19), (1.0, 3e-20), (1e-10, 1e-10)]
+)
+def test_limits_hold_where_squares_underflow(positions, x, g):
+    draw = np.random.default_rng(positions)
+    batch = [jnp.asarray(draw.normal(size=(1, 1, positions, 32)) * scale, jnp.float32) for scale in (x, g)]
+    for rule, limit in ((pe.hard, 1e-3), (pe.normalize, 1.0), (pe.psac(0.1), 1e-3)):
+        f = pe.clipped_value_and_grad(product, limit, rule, reduction="sum", drop_nonfinite=True)
+        contribution = np.linalg.norm(np.asarray(jax.jit(f)(jnp.zeros((32, 32)), batch)[1], np.float64))
+        assert contribution <= limit * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-19, 1.0])
+def test_limits_hold_where_squares_of_shared_parameters_underflow(scale):
+    draw = np.random.default_rng(0)
+    table = jnp.asarray(draw.normal(size=(8, 16)) * (1e18 if scale < 1 else 1), jnp.float32)
+    ids, weights = draw.integers(0, 8, (1, 6)), jnp.asarray(draw.normal(size=(1, 6, 8)) * scale, jnp.float32)
+    tied = lambda table, batch: jnp.sum((table[batch[0]] @ table.T) * batch[1])
+    for rule, limit in ((pe.hard, 1e-3), (pe.normalize, 1.0)):
+        f = pe.clipped_value_and_grad(tied, limit, rule, reduction="sum", drop_nonfinite=True)
+        contribution = np.linalg.norm(np.asarray(jax.jit(f)(table, (ids, weights))[1], np.float64))
+        assert contribution <= limit * (1 + 1e-5)
+
+
+def test_sums_of_small_numbers_and_zeros():
+    x = np.full((1, 1000), 1e-19, np.float32)
+    x[0, 0] = 1.2e-19  # the one square that does not underflow
+    total = pe.clipped_value_and_grad(lambda p, x: jnp.sum(p * x[0]), 1.0, pe.normalize, reduction="sum")
+    assert np.linalg.norm(np.asarray(total(jnp.zeros(1000), x)[1], np.float64)) <= 1 + 1e-5
+    zeros = jnp.ones((2, 1, 4, 32)), jnp.zeros((2, 1, 4, 32))
+    np.testing.assert_array_equal(pe.value_and_norms(product)(jnp.zeros((32, 32)), zeros)[1], np.zeros(2))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.float32])
+def test_parameters_of_any_float_with_strict_promotion_and_no_leaks(dtype):
+    w, batch = PARAMS["body"]["w"].astype(dtype), BATCH[0]
+    for loss in (
+        lambda w, x: jnp.mean(jnp.tanh(x @ w.astype(jnp.float32)) ** 2),
+        lambda w, x: jnp.mean((x * w[:, 0].astype(jnp.float32)) ** 2),
+    ):
+        with jax.numpy_dtype_promotion("strict"), jax.checking_leaks():
+            _, norms = pe.value_and_norms(loss)(w, batch)
+            _, grads = pe.clipped_value_and_grad(loss, 0.1)(w, batch)
+        assert grads.dtype == dtype
+        wide = lambda w, loss=loss: jnp.stack([loss(w, x[None]) for x in batch])
+        exact = jax.jacrev(wide)(w.astype(jnp.float32))
+        np.testing.assert_allclose(norms, jnp.linalg.norm(exact.reshape(len(batch), -1), axis=1), rtol=0.1)

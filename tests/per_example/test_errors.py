@@ -93,3 +93,18 @@ def test_check_sees_a_wrong_norm(monkeypatch):
     monkeypatch.setattr(engine, "measure_norms", wrong)
     with pytest.raises(ValueError, match="norms differ"):
         pe.check(loss)(W, jnp.asarray(np.random.RandomState(0).randn(6, 3), jnp.float32))
+
+
+def test_what_is_wrong_is_named_before_the_first_call():
+    for bad in (0.0, -1.0, np.nan, True, "1", [1.0, 0.0], {"a": 0}, lambda count: 1.0):
+        with pytest.raises((TypeError, ValueError), match=r"clipped_value_and_grad.*max_norm must be > 0"):
+            pe.clipped_value_and_grad(loss, bad)
+    with pytest.raises(TypeError, match=r"not tuple; for a pair \(loss, aux\) pass has_aux=True"):
+        pe.clipped_value_and_grad(lambda w, x: (jnp.sum(w * x), 1.0), 1.0)(jnp.ones(3), jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="value_and_norms: groups must be a prefix of the parameter tree"):
+        pe.value_and_norms(lambda p, x: jnp.sum(p["w"] * x), groups={"v": 0})({"w": jnp.ones(3)}, jnp.ones((2, 3)))
+    for call in (pe.split_budget, pe.split_budget_by_size):
+        with pytest.raises(ValueError, match=r"\(max_norm=-1.0\): max_norm must be > 0"):
+            call(-1.0, {"w": jnp.ones(3)})
+    with pytest.raises(ValueError, match=r"adapt_limit\(limit=-1.0\)"):
+        pe.adapt_limit(-1.0, 0.5)

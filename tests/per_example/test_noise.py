@@ -156,3 +156,9 @@ def test_budgets_add_up():
 def test_bad_arguments_are_named(argument, value):
     with pytest.raises(ValueError, match=rf"add_gaussian_noise\({argument}="):
         add_gaussian_noise(**{"noise_multiplier": 1.0, "max_norm": 1.0, "batch_size": 1, "key": 0, argument: value})
+
+
+@pytest.mark.parametrize("seed", [np.int64(3), jnp.int32(3), jax.random.key(3)])
+def test_any_integer_makes_a_key(seed):
+    made, plain = (add_gaussian_noise(1.0, 1.0, 1.0, key).init({}).key for key in (seed, 3))
+    np.testing.assert_array_equal(jax.random.key_data(made), jax.random.key_data(plain))

@@ -38,6 +38,7 @@ def flat(tree_):
 
 def follow(tx, values):
     """Updates and buffers of every step."""
+
     def one(state, g):
         updates, state = tx.update(tree(g), state)
         return state, (updates, state.buffer)

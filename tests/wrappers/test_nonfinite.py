@@ -196,9 +196,7 @@ def test_devices_decide_together(checked):
     tx = skip_nonfinite(optax.trace(0.9))
     g = jnp.array([1.0, 2.0, jnp.nan, 4.0])
     specs = (P("data"), optax.tree.map_params(tx, lambda _: P("data"), tx.init(g), transform_non_params=lambda _: P()))
-    update = jax.shard_map(
-        lambda g, s: tx.update(g, s), mesh=mesh, in_specs=specs, out_specs=specs, check_vma=checked
-    )
+    update = jax.shard_map(lambda g, s: tx.update(g, s), mesh=mesh, in_specs=specs, out_specs=specs, check_vma=checked)
     updates, state = jax.jit(update)(g, tx.init(g))
     assert updates.tolist() == [0] * 4 and state.inner_state.trace.tolist() == [0] * 4 and int(state.total) == 1
     alone = jax.pmap(lambda g: skip_nonfinite(optax.identity(), axis_name=()).update(
@@ -231,3 +229,13 @@ def test_summary_reports_the_guard():
     assert float(again["clip/preclip_norm"]) == float(said["clip/preclip_norm"])  # of the last good step
     later = optclip.summary(update(grads(2), state, PARAMS)[1])
     assert (float(later["skip/skipped"]), int(later["skip/consecutive"]), int(later["skip/total"])) == (0, 0, 1)
+
+
+@pytest.mark.parametrize("guard", [optclip.skip_nonfinite, optclip.skip_spikes])
+def test_random_keys_among_the_updates_pass(guard):
+    tx = guard(optax.identity())
+    for value in (1.0, jnp.nan):
+        updates = {"w": jnp.full(2, value), "key": jax.random.key(0)}
+        out, _ = tx.update(updates, tx.init(updates))
+        assert jnp.array_equal(jax.random.key_data(out["key"]), jax.random.key_data(updates["key"]))
+        np.testing.assert_array_equal(out["w"], np.zeros(2) if np.isnan(value) else np.ones(2))
