@@ -76,7 +76,7 @@ def add_gaussian_noise(
 
     def init(params: Any) -> GaussianNoiseState:
         del params
-        seed = jnp.ndim(key) == 0 and not jax.dtypes.issubdtype(jnp.result_type(key), jax.dtypes.prng_key)
+        seed = jnp.ndim(key) == 0 and not jnp.issubdtype(jnp.result_type(key), jax.dtypes.extended)
         start = jax.random.key(key) if seed else jnp.array(key)  # a copy: states may be donated
         return GaussianNoiseState(start, jnp.zeros((), jnp.int32))
 

@@ -97,7 +97,7 @@ def _lost(term: Term, dtype: Any, alone: bool) -> jax.Array:
     met = [_sum_of_squares(x, dtype) for x in (factors[:1] if alone and _tokens(term) > 1 else factors)]
     length = max([term.sizes[x] for x in term.kept], default=1) + 1
     sizes = sum(x.size for x in factors)
-    return _tiny(dtype, _tokens(term) * length) * (sum(met) + sizes)
+    return _tiny(dtype, _tokens(term) * length) * (sum(met, jnp.zeros((), dtype)) + sizes)
 
 
 def is_direct(value: Factored) -> bool:

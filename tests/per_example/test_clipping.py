@@ -247,16 +247,18 @@ def test_limits_hold_where_squares_underflow(positions, x, g):
         assert contribution <= limit * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("scale", [1e-20, 1e-19, 1.0])
-def test_limits_hold_where_squares_of_shared_parameters_underflow(scale):
+@pytest.mark.parametrize(("x", "g"), [(1e18, 1e-20), (1e-20, 1e18), (1.0, 3e-20), (1.0, 1.0)])
+def test_limits_hold_where_squares_of_a_parameter_used_twice_underflow(x, g):
     draw = np.random.default_rng(0)
-    table = jnp.asarray(draw.normal(size=(8, 16)) * (1e18 if scale < 1 else 1), jnp.float32)
-    ids, weights = draw.integers(0, 8, (1, 6)), jnp.asarray(draw.normal(size=(1, 6, 8)) * scale, jnp.float32)
-    tied = lambda table, batch: jnp.sum((table[batch[0]] @ table.T) * batch[1])
+    batch = [jnp.asarray(draw.normal(size=(1, 2, 4, 32)) * scale, jnp.float32) for scale in (x, g)]
+    twice = lambda w, batch: (
+        jnp.sum((batch[0][0, 0] @ w) * batch[1][0, 0]) + jnp.sum((batch[0][0, 1] @ w) * batch[1][0, 1])
+    )
     for rule, limit in ((pe.hard, 1e-3), (pe.normalize, 1.0)):
-        f = pe.clipped_value_and_grad(tied, limit, rule, reduction="sum", drop_nonfinite=True)
-        contribution = np.linalg.norm(np.asarray(jax.jit(f)(table, (ids, weights))[1], np.float64))
+        f = pe.clipped_value_and_grad(twice, limit, rule, reduction="sum", drop_nonfinite=True)
+        contribution = np.linalg.norm(np.asarray(jax.jit(f)(jnp.zeros((32, 32)), batch)[1], np.float64))
         assert contribution <= limit * (1 + 1e-5)
+        assert x != g or contribution > 0.9 * limit
 
 
 def test_sums_of_small_numbers_and_zeros():
