@@ -65,7 +65,7 @@ class Advice:
         lost = f", {self.nonfinite} more not finite" if self.nonfinite else ""
         heads = ["smallest", "p50", "p90", "p99", "largest", "p99 / p50"]
         blocks = [
-            f"Gradient norm over {self.steps} steps{lost}",
+            f"Gradient norm over {self.steps} step{'s' if self.steps != 1 else ''}{lost}",
             _table(heads, [[_number(x) for x in (*self.quantiles.values(), self.tail)]]),
             _table(
                 ["a limit of", "would have clipped", "the largest step to"],
@@ -108,7 +108,7 @@ def advise(opt_state: Any) -> Advice:
       >>> tx = optclip.observe()
       >>> g = {"w": jnp.array([3.0, 4.0])}
       >>> print(str(optclip.advise(tx.update(g, tx.init(g))[1])).splitlines()[0])
-      Gradient norm over 1 steps
+      Gradient norm over 1 step
     """
     state = find(opt_state)
     steps, nonfinite = int(np.sum(state.norm.counts)), int(state.norm.nonfinite)

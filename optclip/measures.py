@@ -52,7 +52,8 @@ def global_norm(tree: Updates, ord: float = 2, *, axis_name: Any = None) -> jax.
         a prefix tree of these with None for replicated leaves.
 
     Returns:
-      A float32 scalar (float64 if a leaf is). 0 for an empty tree, with derivative 0 at 0.
+      A float32 scalar (float64 if a leaf is). 0 for an empty tree, with derivative 0 at 0. Elements below 1.2e-38 count
+      as 0 where the device flushes subnormal numbers.
 
     Example:
       >>> float(global_norm({"w": jnp.full((2, 2), 300.0, jnp.float16)}))

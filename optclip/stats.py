@@ -34,7 +34,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
       ``clip/preclip_norm``            size before the clip; over several groups, leaves or units the largest
       ``clip/limit``                   the limit of that size
       ``clip/scale``                   min(1, limit / size), the smallest over all sizes; NaN if a size is not finite
-      ``clip/clipped``                 1.0 if any size was beyond its limit, else 0.0
+      ``clip/clipped``                 1.0 if any size was beyond its limit or not finite, else 0.0
       ``clip/clipped_fraction``        the fraction of sizes (groups, leaves, units) beyond their limits; a group whose
                                        label stands at several places counts at each
       ``clip/worst_leaf_index``        which size exceeds its limit most, in ``jax.tree.leaves`` order
@@ -73,7 +73,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
         sizes, limits = _flat(table)
         excess = _excess(sizes, limits)
         largest = jnp.argmax(sizes)
-        beyond = ~(sizes <= limits)
+        beyond = ~((sizes <= limits) & jnp.isfinite(sizes))
         out[f"{name}/preclip_norm"] = sizes[largest]
         out[f"{name}/limit"] = limits[largest]
         scales = jnp.where(jnp.isfinite(sizes), jnp.where(beyond, limits / jnp.where(sizes == 0, 1, sizes), 1), jnp.nan)

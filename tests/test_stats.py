@@ -120,3 +120,12 @@ def test_an_nnx_optimizer_is_read_through_its_variables():
     assert set(optclip.worst_leaf(optimizer.opt_state)) == {"clip"}
     inside = nnx.jit(lambda o: optclip.summary(o.opt_state))(optimizer)
     np.testing.assert_allclose(inside["clip/preclip_norm"], got["clip/preclip_norm"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_size_that_is_not_finite_counts_as_clipped_under_any_limit(bad):
+    for limit in (1.0, np.inf):
+        tx = optclip.clip_by_global_norm(limit)
+        _, state = tx.update(jnp.array([1.0, bad]), tx.init(jnp.ones(2)))
+        told = optclip.summary(state)
+        assert told["clip/clipped"] == told["clip/clipped_fraction"] == 1.0 and np.isnan(told["clip/scale"])

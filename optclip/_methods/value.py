@@ -27,8 +27,8 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
 
     State: `ClipState` without statistics: counting clamped components would cost a pass over the gradient.
 
-    Guarantees: every component of the result lies within the bounds; components within them are bit-equal to the
-      input.
+    Guarantees: every component of the result lies within the bounds, to rounding in the dtype of the leaf; components
+      within them are bit-equal to the input.
 
     Edge cases: infinities land on the bound, NaN stays NaN (the one method that does not spread it). Complex leaves
       have no order and raise TypeError.

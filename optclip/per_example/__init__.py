@@ -21,7 +21,8 @@ max_norm``, for every input, finite or not, with ``drop_nonfinite``: then adding
 ``sum_i c_i g_i`` by at most ``max_norm`` (per group, where there are groups). This holds up to rounding. Two things
 round: the sum itself, in the dtype of the parameters, and a norm found from products of positions (*gram* below),
 whose square is off by a few float32 ulps of ``(sum_t |x_t| |g_t|)^2``: that matters only for an example whose
-positions cancel almost entirely.
+positions cancel almost entirely. What squares out of the range of float32 may have lost is added to a squared norm:
+there a norm comes out too large, never too small.
 
 No privacy accounting is done or promised here: this package bounds the sensitivity of the sum; noise, sampling and the
 (epsilon, delta) that follows from them are the caller's (for instance with the dp_accounting library).

@@ -66,8 +66,8 @@ def weigh(
 ) -> Weights:
     """Norms and coefficients from the squared norm [B] of every leaf.
 
-    A non-finite norm gives the coefficient NaN, so that the aggregate is loudly NaN, or drops the example (``drop``).
-    The ``count`` of a mean goes into the factors, B numbers, and not into the gradient.
+    A non-finite norm or a negative limit gives the coefficient NaN, so that the aggregate is loudly NaN, or drops the
+    example (``drop``). The ``count`` of a mean goes into the factors, B numbers, and not into the gradient.
     """
     norms = []
     for g in range(len(limits.values)):
@@ -82,7 +82,7 @@ def weigh(
     coefs = []
     for norm, limit in zip(norms, limits.values, strict=True):
         coef = rule(norm, jnp.asarray(limit, norm.dtype))
-        coef = jnp.where(jnp.isfinite(norm), coef, jnp.nan)
+        coef = jnp.where(jnp.isfinite(norm) & ~(jnp.asarray(limit) < 0), coef, jnp.nan)
         coefs.append(coef if keep is None else jnp.where(keep, coef, 0))
     factors = [c / jnp.asarray(count, c.dtype) for c in coefs]
     return Weights(norms, coefs, factors, keep, ~finite if mask is None else ~finite & mask)

@@ -284,3 +284,8 @@ def test_parameters_of_any_float_with_strict_promotion_and_no_leaks(dtype):
         wide = lambda w, loss=loss: jnp.stack([loss(w, x[None]) for x in batch])
         exact = jax.jacrev(wide)(w.astype(jnp.float32))
         np.testing.assert_allclose(norms, jnp.linalg.norm(exact.reshape(len(batch), -1), axis=1), rtol=0.1)
+
+
+def test_a_negative_limit_is_loud():
+    traced = jax.jit(lambda limit: pe.clipped_value_and_grad(loss_fn, limit)(PARAMS, BATCH)[1])
+    assert all(np.isnan(x).all() for x in jax.tree.leaves(traced(-1.0)))
