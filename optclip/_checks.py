@@ -18,13 +18,12 @@ def check(call: str, name: str, value: Any, holds: Callable[[Any], Any], bound: 
     """
     leaves = jax.tree.leaves(value, is_leaf=lambda x: x is None or _is_pair(x)) if tree else [value]
     for leaf in leaves or [value]:
-        said = f"{call}({name}={leaf!r}): {name} must be {bound}"
-        number = isinstance(leaf, (int, float, np.number, np.ndarray)) and not isinstance(leaf, (bool, np.bool_))
         if isinstance(leaf, (jax.Array, np.ndarray)) and leaf.ndim and not tree:
             raise ValueError(f"{call}({name}={leaf!r}): {name} must be a scalar, got shape {leaf.shape}")
         if isinstance(leaf, jax.Array) or callable(leaf):
             continue  # dynamic: its value may change from step to step, and reading it would wait for the device
-        if not number:
+        said = f"{call}({name}={leaf!r}): {name} must be {bound}"
+        if isinstance(leaf, (bool, np.bool_)) or not isinstance(leaf, (int, float, np.number, np.ndarray)):
             raise (ValueError if leaf is None else TypeError)(f"{said}, got {type(leaf).__name__}")
         if not np.all(holds(np.asarray(leaf))):
             raise ValueError(said)
