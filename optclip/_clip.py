@@ -7,6 +7,7 @@
 Sizes and limits are prefix trees of the updates; their depth is the scope.
 """
 
+import math
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -70,6 +71,8 @@ def clip_by(
     _checks.check_callable("clip_by", measure=measure, response=response)
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
+    scales = hasattr(response, "factor")  # those that do not may go by element whatever the scope
+
     def measured(updates: Updates) -> Sizes:
         return one_at_least(measure(updates))
 
@@ -81,10 +84,11 @@ def clip_by(
         with _mesh.shapes_only():
             sizes = jax.eval_shape(measured, params)
             memory = rule.init(sizes)
+            if not record:
+                return ClipState(memory, None)
             limits, _ = jax.eval_shape(allowed, sizes, memory, params)
-        _check_shapes(sizes, limits, params)
-        if not record:
-            return ClipState(memory, None)
+        if scales:
+            _check_shapes(sizes, limits, params)
         fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
@@ -93,6 +97,8 @@ def clip_by(
         if state.stats is not None:
             _checks.check_fits("updates", sizes, state.stats.sizes)
         limits, memory = allowed(sizes, state.rule, params, **extra)
+        if scales and state.stats is None:
+            _check_shapes(sizes, limits, updates)
         stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
         return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
 
@@ -172,9 +178,10 @@ def _check_shapes(sizes: Sizes, limits: Any, updates: Updates) -> None:
         return  # nothing to limit, or Optax's placeholder for parameters
     pairs = zip(_spread("sizes", sizes, updates), _spread("limits", limits, updates), strict=True)
     for size, limit in pairs:
-        rows = zip(reversed(jnp.shape(limit)), reversed(jnp.shape(size)), strict=False)
-        if jnp.ndim(limit) > jnp.ndim(size) or any(n not in (1, m) for n, m in rows):
-            raise ValueError(f"a limit of shape {jnp.shape(limit)} does not fit its size, of shape {jnp.shape(size)}")
+        had, got = jnp.shape(size), jnp.shape(limit)
+        fits = len(got) <= len(had) and all(n in (1, m) for n, m in zip(got[::-1], had[::-1], strict=False))
+        if not fits and math.prod(got) != 1:
+            raise ValueError(f"a limit of shape {got} does not fit its size, of shape {had}")
 
 
 def _spread(name: str, prefix: Any, updates: Updates) -> list[Any]:

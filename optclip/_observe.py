@@ -124,7 +124,10 @@ def observe(
         )
 
     def update(updates: Any, state: ObserveState, params: Any = None, **extra: Any) -> tuple[Any, ObserveState]:
-        sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(_distinct(measure(updates)))]
+        sizes = measure(updates)
+        if sum(map(jnp.size, jax.tree.leaves(sizes))) != state.share.size:
+            sizes = _distinct(sizes)
+        sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(sizes)]
         parts = concatenate(sizes) if sizes else jnp.zeros(0, jnp.float32)
         _checks.check_fits("updates", parts, state.share)
         norm = _root_of_squares(parts)
@@ -225,7 +228,7 @@ def _remember(state: ObserveState, norm: jax.Array, parts: jax.Array, inner: Any
     limit, clipped = jnp.float32(jnp.inf), jnp.zeros((), bool)
     tables = [rows(clipper) for _, clipper in recorded(inner)]
     for table in filter(None, tables[:1]):
-        clipped = jnp.any(stack([jnp.any(~(size <= limit)) for _, size, limit in table]))
+        clipped = jnp.any(stack([jnp.any(~((size <= limit) & jnp.isfinite(size))) for _, size, limit in table]))
         if len(table) == 1 and jnp.size(table[0][1]) == 1:  # otherwise there is no one limit to draw
             limit = jnp.reshape(table[0][2], ())
     at = state.course.step % state.recent.norm.shape[0]

@@ -16,8 +16,8 @@ class Threshold(NamedTuple):
 
     Attributes:
       init: ``sizes -> memory``, where only shapes and dtypes of ``sizes`` may be used.
-      update: ``(sizes, memory, params, **extra) -> (limits, memory)``. Limits broadcast against the updates as sizes
-        do; they may lie deeper in the tree.
+      update: ``(sizes, memory, params, **extra) -> (limits, memory)``. A limit is one number or has the shape of its
+        size (any that fits the update, for responses that go by element); limits may lie deeper in the tree.
     """
 
     init: Callable[[Any], Any]

@@ -99,8 +99,9 @@ def group_norm(tree: Updates, groups: Any, ord: float = 2, *, axis_name: Any = N
         index.setdefault(label, len(index))
     plan = _numerics.Plan((None,) * len(rows), tuple(index[g] for _, g, _ in rows), tuple(a for _, _, a in rows))
     sizes = _numerics.norms([x for x, _, _ in rows], plan, ord)
-    zero = jnp.zeros((), _numerics.accumulator(*(x for x, _, _ in rows)))
-    return treedef.unflatten([sizes[index[g]] if g in index else zero for g in labels])
+    dtype, found = _numerics.accumulator(*(x for x, _, _ in rows)), {label: sizes[i] for label, i in index.items()}
+    found |= {label: jnp.zeros((), dtype) for label in labels if label not in found}
+    return treedef.unflatten([found[label] for label in labels])
 
 
 def leaf_norm(tree: Updates, ord: float = 2, *, stack_axis: Any = None, axis_name: Any = None) -> Sizes:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import optax
 
 __all__ = ["by_leaf", "by_path"]
 
@@ -60,17 +61,20 @@ def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
 
     def chosen(tree: Any) -> Any:
         leaves, treedef = jax.tree.flatten_with_path(tree)
-        return treedef.unflatten(map(choose, path_strings([path for path, _ in leaves]), [leaf for _, leaf in leaves]))
+        places = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode))
+        names = path_strings([path for path, _ in leaves], [path for path, _ in places])
+        return treedef.unflatten(map(choose, names, [leaf for _, leaf in leaves]))
 
     return chosen
 
 
-def path_strings(paths: Sequence[Any]) -> list[str]:
+def path_strings(paths: Sequence[Any], places: Sequence[Any] | None = None) -> list[str]:
     """The key paths of all leaves of a tree as names joined by slashes.
 
     Without the attribute ``value`` that wrapped variables add: it has no sibling, as the value of an attention has.
+    ``places`` are the paths to look for siblings among, where some are not filled by leaves.
     """
-    below = Counter(path[:n] for path in paths for n in range(len(path)))
+    below = Counter(path[:n] for path in (paths if places is None else places) for n in range(len(path)))
 
     def string(path: Any) -> str:
         names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]

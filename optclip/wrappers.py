@@ -16,7 +16,7 @@ From the outside in: ``skip_nonfinite(skip_spikes(chain(clip, optimizer)))``. Un
 **Turning a clipper off and on.** ``max_norm=jnp.inf`` measures and clips nothing, with the same state: a checkpoint
 written with either restores into the other. Within one run give the limit from outside, as a traced scalar or by
 ``optax.inject_hyperparams(clip_by_global_norm)(max_norm=1.0)``, and set ``state.hyperparams["max_norm"]``. It takes
-every method; a ``window``, and functions you pass yourself, belong into its ``static_args``.
+every method; a ``window``, an ``axis``, and functions you pass yourself, belong into its ``static_args``.
 
 **Replacing a clipper.** Name the parts of the chain, restore the old state with the old transformation, and carry over
 all parts but the one that is new::

@@ -117,3 +117,25 @@ def test_bad_thresholds_are_named():
         optclip.clip_by(measures.global_norm, -1.0)
     with pytest.raises(TypeError, match=r"clip_by\(threshold='a'\): threshold must be > 0, got str"):
         optclip.clip_by(measures.global_norm, "a")
+
+
+def test_a_limit_of_one_element_and_limits_by_element():
+    params = {"w": jnp.full((3, 2), 3.0), "b": jnp.ones(2)}
+    for limit in (np.array([1.0]), jnp.array([1.0]), lambda count: jnp.ones(1)):
+        tx = optclip.clip_by_global_norm(limit)
+        update, _ = tx.update(params, tx.init(params))
+        np.testing.assert_allclose(optclip.global_norm(update), 1.0, rtol=1e-6)
+    bounds = {"w": jnp.array([[1.0, 2.0]] * 3), "b": jnp.array([0.5, 2.0])}
+    tx = optclip.clip_by(measures.global_norm, bounds, responses.clamp)
+    update, _ = tx.update(params, tx.init(params))
+    np.testing.assert_array_equal(update["w"], bounds["w"])
+    np.testing.assert_array_equal(update["b"], [0.5, 1.0])
+
+
+def test_a_rule_that_is_told_its_limit_needs_it_at_updates_only():
+    told = thresholds.Threshold(lambda sizes: (), lambda sizes, memory, params=None, *, value, **extra: (value, memory))
+    tx = optclip.clip_by(measures.global_norm, told, record=False)
+    update, _ = tx.update(jnp.full(4, 2.0), tx.init(jnp.ones(4)), value=jnp.float32(1.0))
+    np.testing.assert_allclose(update, np.full(4, 0.5), rtol=1e-6)
+    with pytest.raises(ValueError, match="does not fit its size"):
+        tx.update(jnp.full(4, 2.0), tx.init(jnp.ones(4)), value=jnp.ones(4))

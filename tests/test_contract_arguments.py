@@ -91,7 +91,7 @@ def test_a_wrong_number_is_refused_by_name(make, name, value):
 TREES = {"clip": {"max_delta"}, "clip_by": {"threshold"}, "delta_gclip": {"max_norm"}, "track_median": {"limit"}}
 TREES |= {f"clip_by_{scope}_norm": {"max_norm"} for scope in ("global", "group", "leaf", "unit")}
 TREES |= {"clip_by_block_rms": {"threshold"}, "normalize_by_update_norm": {"scale_factor"}}
-TREES |= {"skip_spikes": {"rule", "loss_rule"}, "mars_clip": {"max_norm"}}
+TREES |= {"skip_spikes": {"rule", "loss_rule"}, "mars_clip": {"max_norm"}, "stable_adamw_clip": {"max_rms"}}
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import optclip
+from optclip import measures
 from tests import meshes
 from tests.cases import CASES, SPIKE, STEPS, Case
 from tests.harness import row
@@ -18,6 +19,12 @@ from tests.harness import row
 PARAMS = meshes.draw(100)
 GRADS = [meshes.draw(step, 9.0 if step == SPIKE else 0.3) for step in range(STEPS)]
 STACKED = jax.tree.map(lambda *x: np.stack(x), *GRADS)
+
+
+def usual_measure(case: Case) -> Any:
+    """What a method takes for ``measure=None``."""
+    odd = {"clippy": partial(measures.leaf_norm, ord=np.inf), "stable_adamw_clip": measures.leaf_rms}
+    return odd.get(case.public, measures.global_norm if case.scope == "tree" else measures.leaf_norm)
 
 
 def make(case: Case, axis_name: Any = None, units: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -33,7 +40,7 @@ def make(case: Case, axis_name: Any = None, units: Any = None) -> optax.Gradient
     if "axis_name" in takes and case.public != "skip_nonfinite":  # whose devices decide together without being told
         changed["axis_name"] = axis_name
     elif "measure" in takes:
-        changed["measure"] = partial(case.kwargs.get("measure", takes["measure"].default), axis_name=axis_name)
+        changed["measure"] = partial(case.kwargs.get("measure", usual_measure(case)), axis_name=axis_name)
     return case.make(**changed)
 
 

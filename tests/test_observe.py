@@ -330,6 +330,15 @@ def test_what_equal_labels_share_counts_once():
     np.testing.assert_allclose(global_norm(update), 1.0, rtol=1e-6)
 
 
+def test_labels_without_gradients_stay_apart():
+    tree = {"a": jnp.ones(4), "i": jnp.arange(2), "j": jnp.arange(3)}
+    tx = optclip.observe(measure=partial(group_norm, groups={"a": "x", "i": "y", "j": "z"}))
+    state = tx.init(tree)
+    assert [name for row in state.names for name in row] == ["a", "i", "j"]
+    figure = optclip.plot(tuple([{"obs": tx.update(tree, state)[1]}]))
+    assert figure.axes
+
+
 def test_updates_of_another_tree_are_refused():
     tx = optclip.observe()
     with pytest.raises(ValueError, match="the updates do not fit the state"):

@@ -56,6 +56,8 @@ def test_a_value_with_siblings_is_no_wrapper():
     tree = {"attn": Projections(jnp.ones(2), jnp.ones(2)), "scale": nn.Partitioned(jnp.ones(2), ("x",))}
     label = by_path({"attn/value$": "V", "^scale$": "S"}, "rest")(tree)
     assert label == {"attn": Projections("rest", "V"), "scale": nn.Partitioned("S", ("x",))}
+    for gap in (None, optax.MaskedNode()):
+        assert by_path({"attn/value$": "V"}, "rest")({"attn": Projections(gap, 1.0)})["attn"].value == "V"
     tx = optclip.clip_by_leaf_norm(1.0)
     state = tx.init(tree)
     assert {k for k in optclip.summary(state, per_leaf=True) if "preclip_norm/" in k} == {

@@ -38,8 +38,8 @@ def clippy(
       absolute: >= 0 (lambda_abs; authors' code: 1e-7), the change that a parameter of 0 may make, in units of the
         parameter: likewise. One parameter near 0 holds back its whole tensor, so raise it (1e-3) where parameters start
         at 0; with 0 such a tensor never moves.
-      measure: how the ratios |u_ij| / (relative * |w_ij| + absolute) of a scope make a size: by default the largest of
-        each leaf; None for `largest`.
+      measure: how the ratios |u_ij| / (relative * |w_ij| + absolute) of a scope make a size: None for the largest of
+        each leaf.
       record: whether the state keeps sizes and limits.
 
     State: `ClipState`; ``stats.sizes`` is the largest ratio, a float32 scalar at each leaf, and ``stats.limits`` is 1;

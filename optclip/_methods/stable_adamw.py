@@ -49,7 +49,7 @@ def stable_adamw_clip(
 
     Args:
       inner: the optimizer; it gets the gradients as they are.
-      max_rms: > 0 (d; paper: 1): a number, a traced scalar, or a schedule.
+      max_rms: > 0 (d; paper: 1): a number, a traced scalar, a schedule, or a prefix tree of these.
       decay: in [0, 1), that of the second moment (paper: 0.99); give the ``b2`` of ``inner``.
       eps: > 0 (authors' code: 1e-6), the floor of the root of v', in units of the gradient.
       measure: how the ratios |g_j| / max(sqrt(v'_j), eps) of a scope make a size; None for
@@ -76,7 +76,7 @@ def stable_adamw_clip(
     measure = measure or leaf_rms
     _checks.check_transformation("stable_adamw_clip", "inner", inner)
     _checks.check_callable("stable_adamw_clip", measure=measure)
-    _checks.check_positive("stable_adamw_clip", "max_rms", max_rms)
+    _checks.check_limits("stable_adamw_clip", "max_rms", max_rms)
     _checks.check_fraction("stable_adamw_clip", "decay", decay)
     _checks.check_positive("stable_adamw_clip", "eps", eps)
     rule = fixed(max_rms)

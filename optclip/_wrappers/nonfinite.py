@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -76,7 +77,7 @@ def skip_nonfinite(
             "skip_nonfinite",
             "max_consecutive",
             max_consecutive,
-            lambda n: (n >= 0) & (n % 1 == 0),
+            lambda n: (n >= 0) & (np.floor(n) == n),
             ">= 0, an integer, or None",
         )
     guarded = optax.with_extra_args_support(inner)

@@ -80,15 +80,15 @@ def clipped_value_and_grad(
 
     Guarantees:
       For every input, finite or not, the contribution of an example to the *sum* has norm at most ``max_norm`` (per
-      group; a limit of 1e-13 or more), up to rounding in the dtype it is formed in, and with ``drop_nonfinite`` adding
+      group; a limit of 1e-12 or more), up to rounding in the dtype it is formed in, and with ``drop_nonfinite`` adding
       or removing one example changes the sum by at most ``max_norm``. The rules of this package keep
       ``coefficient * norm <= limit``.
 
     Edge cases:
       A zero gradient has coefficient 1 under `hard` and contributes zero under every rule. Squares are formed in
       float32: a gradient with a norm, or of a layer with an activation or cotangent, above 1.8e19 counts as non-finite;
-      norms below 1e-13, or of activations above 1e13, may come out too large, so that less than the limit is kept;
-      squares below 1e-38 may be 0. A batch of padding only gives zeros.
+      norms below 1e-10, or of activations of 1e10, may come out too large, so that less than the limit is kept, and
+      norms below 1e-18 may be 0. A batch of padding only gives zeros.
       Losses that couple examples (batch normalisation in training mode, contrastive losses) are evaluated on a batch
       of one, which is another function: use `check`.
 

@@ -77,9 +77,9 @@ def _sum_of_squares(array: jax.Array, dtype: Any) -> jax.Array:
 def _bound(total: jax.Array, lost: Any) -> jax.Array:
     """What a squared norm may be at most, of which ``lost`` may have underflowed: a limit then holds for every input.
 
-    Zero stays zero where less than 2^-96 was lost, for that is less than any limit on a norm.
+    Zero stays zero where less than 2^-80 may be lost, a norm of 1e-12: too little for a limit.
     """
-    return jnp.where((total > 0) | (lost > 2.0**-96), total + lost, total)
+    return jnp.where((total > 0) | (lost > 2.0**-80), total + lost, total)
 
 
 def _tiny(dtype: Any, n: int) -> float:
@@ -93,16 +93,20 @@ def _lost(term: Term, dtype: Any, alone: bool) -> jax.Array:
     A product over n numbers loses at most n * tiny, and that is multiplied by what it meets in the other factors. By
     itself (`_gram`) a term forms the product of its cotangents first, which meets the activation twice.
     """
-    factors = [f.array for f in term.factors if isinstance(f, Dense)]
-    met = [_sum_of_squares(x, dtype) for x in (factors[:1] if alone and _tokens(term) > 1 else factors)]
-    length = max([term.sizes[x] for x in term.kept], default=1) + 1
-    sizes = sum(x.size for x in factors)
+    kept, factors = set(term.kept), [f for f in term.factors if isinstance(f, Dense)]
+    met = [_sum_of_squares(f.array, dtype) for f in (factors[:1] if alone and _tokens(term) > 1 else factors)]
+    length = max(math.prod(n for x, n in zip(f.labels, f.array.shape, strict=True) if x in kept) for f in factors) + 1
+    sizes = sum(f.array.size for f in factors)
     return _tiny(dtype, _tokens(term) * length) * (sum(met, jnp.zeros((), dtype)) + sizes)
 
 
 def is_direct(value: Factored) -> bool:
-    """Whether the gradient is no larger than the factors it is written in."""
-    return math.prod(value.shape) <= sum(f.array.size for t in value.terms for f in t.factors)
+    """Whether the gradient is no larger than its factors, or these are complex, and its norm not that of a product."""
+    return is_complex(value) or math.prod(value.shape) <= sum(f.array.size for t in value.terms for f in t.factors)
+
+
+def is_complex(value: Factored) -> bool:
+    return any(jnp.iscomplexobj(f.array) for t in value.terms for f in t.factors)
 
 
 def is_dense(value: Factored) -> bool:
@@ -113,10 +117,11 @@ def densify(value: Factored) -> Factored:
     """The same gradient as one array (in float32 or wider)."""
     if is_dense(value) and not any(a.placed for a in value.terms[0].axes):
         return value
-    if len(value.terms) == 1 and not any(a.placed for a in value.terms[0].axes):
+    if len(value.terms) == 1 and not any(a.placed for a in value.terms[0].axes) and not is_complex(value):
         return Factored((_one_array(value.terms[0]),), value.shape, value.dtype)
     arrays = [materialize_term(t, t.precision) for t in value.terms]
-    (term,) = dense(sum(arrays[1:], arrays[0])).terms
+    array = sum(arrays[1:], arrays[0])
+    (term,) = dense(array if jnp.issubdtype(value.dtype, jnp.complexfloating) else array.real).terms
     return Factored((dataclasses.replace(term, rule="direct"),), value.shape, value.dtype)
 
 

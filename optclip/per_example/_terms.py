@@ -126,9 +126,12 @@ def dense(array: Any) -> Factored:
     return Factored((Term((Dense(array, labels),), tuple(Axis((x,)) for x in labels)),), array.shape, array.dtype)
 
 
-def wide(dtype: Any) -> Any:
-    """The dtype in which sums are formed: float64 for itself, else float32."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+def wide(*dtypes: Any) -> Any:
+    """The dtype in which numbers of these dtypes are multiplied and summed: float32, float64, or complex likewise."""
+    double = any(d in (jnp.float64, jnp.complex128) for d in dtypes)
+    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
+        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
+    return jnp.dtype(jnp.float64 if double else jnp.float32)
 
 
 def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
@@ -136,7 +139,7 @@ def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.
     names: dict[int, int] = {}
     operands: list[Any] = []
     dtypes = {f.array.dtype for f in factors}
-    dtype = max(map(wide, dtypes), key=lambda d: d.itemsize)
+    dtype = wide(*dtypes)
     for factor in factors:
         array = factor.array if len(dtypes) == 1 else factor.array.astype(dtype)
         operands += [array, [names.setdefault(x, len(names)) for x in factor.labels]]

@@ -289,3 +289,28 @@ def test_parameters_of_any_float_with_strict_promotion_and_no_leaks(dtype):
 def test_a_negative_limit_is_loud():
     traced = jax.jit(lambda limit: pe.clipped_value_and_grad(loss_fn, limit)(PARAMS, BATCH)[1])
     assert all(np.isnan(x).all() for x in jax.tree.leaves(traced(-1.0)))
+
+
+@pytest.mark.parametrize(("x", "g"), [(1e5, 1e-19), (1e10, 9e-20), (1.0, 1.0)])
+@pytest.mark.parametrize("positions", [1, 2])
+def test_limits_hold_for_kernels_with_several_axes(positions, x, g):
+    heads = lambda w, batch: jnp.sum(jnp.einsum("btd,dhe->bthe", batch[0], w) * batch[1])
+    batch = jnp.full((1, positions, 16), x), jnp.full((1, positions, 32, 32), g)
+    f = pe.clipped_value_and_grad(heads, 1e-12, reduction="sum")
+    contribution = np.linalg.norm(np.asarray(jax.jit(f)(jnp.zeros((16, 32, 32)), batch)[1], np.float64))
+    assert contribution <= 1e-12 * (1 + 1e-5)
+
+
+def test_complex_factors_of_real_parameters():
+    draw = np.random.default_rng(3)
+    w, x = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((24, 30), (2, 3, 24)))
+    spectrum = lambda w, x: jnp.fft.fft(x, axis=x.ndim - 2) @ w.astype(jnp.complex64)
+    for loss in (
+        lambda w, x: jnp.sum(jnp.abs(spectrum(w, x)) ** 2),
+        lambda w, x: jnp.sum(jnp.abs(jnp.fft.fft(x[:, :1], axis=2) @ w.astype(jnp.complex64) + 1) ** 2),
+        lambda w, x: jnp.sum(jnp.abs(spectrum(w, x) + spectrum(w, 2 * x[:, ::-1]) ** 2)),
+    ):
+        exact = jax.vmap(lambda row, loss=loss: jnp.linalg.norm(jax.grad(loss)(w, row[None])))(x)
+        np.testing.assert_allclose(jax.jit(pe.value_and_norms(loss))(w, x)[1], exact, rtol=1e-5)
+        _, total = jax.jit(pe.clipped_value_and_grad(loss, 1.0, reduction="sum"))(w, x[:1])
+        np.testing.assert_allclose(jnp.linalg.norm(total), 1.0, rtol=1e-5)

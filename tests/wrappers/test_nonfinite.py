@@ -231,6 +231,11 @@ def test_summary_reports_the_guard():
     assert (float(later["skip/skipped"]), int(later["skip/consecutive"]), int(later["skip/total"])) == (0, 0, 1)
 
 
+def test_never_giving_up_can_be_said():
+    tx = skip_nonfinite(optax.identity(), max_consecutive=np.inf)
+    assert np.all(np.isfinite(tx.update(jnp.full(2, jnp.nan), tx.init(jnp.ones(2)))[0]))
+
+
 @pytest.mark.parametrize("guard", [optclip.skip_nonfinite, optclip.skip_spikes])
 def test_random_keys_among_the_updates_pass(guard):
     tx = guard(optax.identity())
