@@ -8,6 +8,7 @@ Sizes and limits are prefix trees of the updates; their depth is the scope.
 """
 
 import math
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,8 +72,6 @@ def clip_by(
     _checks.check_callable("clip_by", measure=measure, response=response)
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
-    scales = hasattr(response, "factor")  # those that do not may go by element whatever the scope
-
     def measured(updates: Updates) -> Sizes:
         return one_at_least(measure(updates))
 
@@ -87,8 +86,8 @@ def clip_by(
             if not record:
                 return ClipState(memory, None)
             limits, _ = jax.eval_shape(allowed, sizes, memory, params)
-        if scales:
-            _check_shapes(sizes, limits, params)
+        if hasattr(response, "factor") and jax.tree.leaves(params):  # not so for Optax's placeholder for parameters
+            _check_shapes(zip(_spread("sizes", sizes, params), _spread("limits", limits, params), strict=True))
         fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
@@ -97,8 +96,6 @@ def clip_by(
         if state.stats is not None:
             _checks.check_fits("updates", sizes, state.stats.sizes)
         limits, memory = allowed(sizes, state.rule, params, **extra)
-        if scales and state.stats is None:
-            _check_shapes(sizes, limits, updates)
         stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
         return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
 
@@ -120,7 +117,8 @@ def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> 
     leaves, treedef = jax.tree.flatten(updates)
     rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
     pairs = [(every_size[i], every_limit[i]) for i in rows]
-    if hasattr(response, "factor"):
+    if hasattr(response, "factor"):  # those without may go by element whatever the scope
+        _check_shapes(pairs)
         new = [_multiply(leaves[i], *made) for i, made in zip(rows, _factors(response.factor, pairs), strict=True)]
     else:
         new = [_respond(response, leaves[i], *pair) for i, pair in zip(rows, pairs, strict=True)]
@@ -172,11 +170,8 @@ def _respond(response: Response, update: Any, size: Any, limit: Any) -> Any:
     return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
 
 
-def _check_shapes(sizes: Sizes, limits: Any, updates: Updates) -> None:
+def _check_shapes(pairs: Iterable[tuple[Any, Any]]) -> None:
     """Raises unless every limit is one number, or fits the shape of its size: others would limit single columns."""
-    if not jax.tree.leaves(updates):
-        return  # nothing to limit, or Optax's placeholder for parameters
-    pairs = zip(_spread("sizes", sizes, updates), _spread("limits", limits, updates), strict=True)
     for size, limit in pairs:
         had, got = jnp.shape(size), jnp.shape(limit)
         fits = len(got) <= len(had) and all(n in (1, m) for n, m in zip(got[::-1], had[::-1], strict=False))

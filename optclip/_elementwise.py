@@ -17,7 +17,7 @@ def zeros(tree: Any, *, complex: bool = False) -> Any:
             return jnp.zeros((), jnp.float32)
         dtype = _numerics.accumulator(x)
         if complex and jnp.iscomplexobj(x):
-            dtype = jnp.promote_types(dtype, jnp.complex64)
+            dtype = _numerics.complex_of(dtype)
         return _mesh.like(jnp.zeros(jnp.shape(x), dtype), x)
 
     return jax.tree.map(one, tree)

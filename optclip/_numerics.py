@@ -34,9 +34,12 @@ def accumulator(*leaves: Any) -> Any:
 
 def widen(x: jax.Array, dtype: Any) -> jax.Array:
     """``x`` in ``dtype``, or in the complex dtype of its precision. Explicit, for float8 does not promote itself."""
-    if jnp.iscomplexobj(x):
-        dtype = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
-    return x.astype(dtype)
+    return x.astype(complex_of(dtype) if jnp.iscomplexobj(x) else dtype)
+
+
+def complex_of(dtype: Any) -> Any:
+    """The complex dtype of the precision of a real one."""
+    return jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)
 
 
 def cast_like(x: jax.Array, like: Any) -> jax.Array:

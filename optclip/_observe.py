@@ -125,7 +125,7 @@ def observe(
 
     def update(updates: Any, state: ObserveState, params: Any = None, **extra: Any) -> tuple[Any, ObserveState]:
         sizes = measure(updates)
-        if sum(map(jnp.size, jax.tree.leaves(sizes))) != state.share.size:
+        if sum(map(jnp.size, jax.tree.leaves(sizes))) != state.share.size:  # init, which traces, saw some shared
             sizes = _distinct(sizes)
         sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(sizes)]
         parts = concatenate(sizes) if sizes else jnp.zeros(0, jnp.float32)

@@ -69,13 +69,10 @@ def _read(source: Any) -> tuple[_Series | None, ObserveState | None]:
         return _from_summaries(source), None
     if isinstance(source, (list, tuple)) and source and all(isinstance(row, Mapping) for row in source):
         common = [k for k in source[0] if all(k in row for row in source)]
-        told = any(str(k).endswith("/preclip_norm") for k in common)
-        if isinstance(source, list) and not told:
+        if any(str(k).endswith("/preclip_norm") for k in common):
+            return _from_summaries({k: np.stack([np.asarray(row[k]) for row in source]) for k in common}), None
+        if isinstance(source, list):  # a tuple may be an optimizer state
             raise ValueError("plot needs a clipper's keys in every dict, as summary returns them")
-    else:
-        common, told = [], False
-    if told:
-        return _from_summaries({k: np.stack([np.asarray(row[k]) for row in source]) for k in common}), None
     if isinstance(source, list) or getattr(source, "ndim", 0) == 1:
         norm = np.asarray(source, np.float64)
         if not norm.size:

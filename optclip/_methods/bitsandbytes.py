@@ -89,7 +89,7 @@ def percentile_clipping(
       percentile: 0 <= percentile < window, a place in the window counted from the smallest (bitsandbytes' example: 5):
         an integer, a traced scalar, or a schedule.
       window: >= 1, norms remembered per leaf (bitsandbytes: 100).
-      measure: the scope, see `optclip.measures`; each leaf by default; None for `leaf_norm`.
+      measure: the scope, see `optclip.measures`; None for `leaf_norm`.
       feeding: what enters the window: the norm before the clip by default; None for `raw`.
       warmup: steps that only collect.
       warmup_limit: the static limit during warm-up, in units of the norm.

@@ -40,8 +40,10 @@ def mars_clip(
     take ``clip_by_leaf_norm(1.0)``.
 
     Args:
-      max_norm: > 0 (paper: 1), in units of the gradient norm of a leaf: a number, a traced scalar, or a schedule.
-      gamma: >= 0 (paper: 0.025), the strength of the correction: likewise; 0 for none.
+      max_norm: > 0 (paper: 1), in units of the gradient norm of a leaf: a number, a traced scalar, a schedule, or a
+        prefix tree.
+      gamma: >= 0 (paper: 0.025), the strength of the correction: a number, a traced scalar, or a schedule; 0 for
+        none.
       b1: in [0, 1), that of the Adam behind (paper: 0.95).
       measure: the scope of the clip, see `optclip.measures`; None for `leaf_norm`.
       record: whether the state keeps sizes and limits.

@@ -23,6 +23,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optclip import _numerics
+
 __all__ = [
     "Axis", "Dense", "Factored", "OneHot", "Rerun", "Term", "dense", "einsum", "leader", "materialize",
     "materialize_term", "new_label", "wide",
@@ -128,10 +130,8 @@ def dense(array: Any) -> Factored:
 
 def wide(*dtypes: Any) -> Any:
     """The dtype in which numbers of these dtypes are multiplied and summed: float32, float64, or complex likewise."""
-    double = any(d in (jnp.float64, jnp.complex128) for d in dtypes)
-    if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes):
-        return jnp.dtype(jnp.complex128 if double else jnp.complex64)
-    return jnp.dtype(jnp.float64 if double else jnp.float32)
+    real = _numerics.accumulator(*dtypes)
+    return _numerics.complex_of(real) if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes) else real
 
 
 def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
