@@ -36,8 +36,8 @@ def measure(tree, rounds):
             continue
         tx = make()
         state = tx.init(tree)
-        program, compiler[name] = build(lambda g, s, tx=tx: tx.update(g, s, g), tree, state)
-        calls[name] = lambda program=program, state=state: program(tree, state)
+        program, compiler[name] = build(lambda s, g, tx=tx: tx.update(g, s, g)[::-1], state, tree, carry=1)
+        calls[name] = lambda program=program, state=state: program(state, tree)
     rows = interleave(calls, next(iter(calls)), rounds)
     for name, numbers in compiler.items():
         rows[name] |= numbers

@@ -8,34 +8,38 @@ a memory per element reads and writes that memory besides.
     python -m benchmarks.methods
 """
 
+from functools import partial
+
 import jax
 
-from benchmarks._harness import arguments, build, gpt2_shapes, interleave, random_tree, save, show
+from benchmarks._harness import arguments, build, build_all, gpt2_shapes, interleave, random_tree, save, show
 from tests.cases import CASES
 
 
 def main() -> None:
     args = arguments(__doc__)
     tree = random_tree(gpt2_shapes(32, 2, 64, 16) if args.quick else gpt2_shapes(256, 6, 8192, 256))
-    calls, compiler = {}, {}
+    makers, states = {}, {}
     for case in CASES:
         tx = case.make()
-        state = tx.init(tree)
+        states[case.name] = tx.init(tree)
 
-        def update(g, s, tx=tx):
-            return tx.update(g, s, g, value=0.0)
+        def update(s, g, tx=tx):
+            return tx.update(g, s, g, value=0.0)[::-1]
 
-        program, compiler[case.name] = build(update, tree, state, donate=(1,))
-        carried = [jax.tree.map(lambda x: x.copy() if hasattr(x, "copy") else x, state)]
+        makers[case.name] = partial(build, update, states[case.name], tree, donate=(0,), carry=1)
+    built, calls = build_all(makers), {}
+    for name, (program, _) in built.items():
+        carried = [jax.tree.map(lambda x: x.copy() if hasattr(x, "copy") else x, states[name])]
 
         def call(program=program, carried=carried):
-            updates, carried[0] = program(tree, carried[0])
+            carried[0], updates = program(carried[0], tree)
             return updates
 
-        calls[case.name] = call
+        calls[name] = call
     rows = interleave(calls, "clip_by_global_norm", args.rounds)
-    for name, numbers in compiler.items():
-        rows[name] |= numbers | {"bytes ratio": numbers["bytes"] / compiler["clip_by_global_norm"]["bytes"]}
+    for name, (_, numbers) in built.items():
+        rows[name] |= numbers | {"bytes ratio": numbers["bytes"] / built["clip_by_global_norm"][1]["bytes"]}
     show("every method", rows, ["ms", "ratio", "bytes ratio", "fusions", "compile s"])
     save("methods", {"every method": rows}, args)
 

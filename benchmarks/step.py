@@ -85,7 +85,7 @@ def measure(model, x, rounds):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        program, compiler[name] = build(step, params, tx.init(params), donate=(0, 1))
+        program, compiler[name] = build(step, params, tx.init(params), donate=(0, 1), carry=2)
         carried = [jax.tree.map(jnp.array, params), tx.init(params)]
 
         def call(program=program, carried=carried):

@@ -19,7 +19,7 @@ import optax
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import Threshold, fixed
 from optclip._transformation import transformation
-from optclip._vectors import apart, stack
+from optclip._vectors import apart, shared, stack
 from optclip.measures import Measure, Sizes, Updates
 from optclip.responses import Response, factors, multiplied, rescale
 
@@ -138,11 +138,12 @@ def _factors(factor: Any, pairs: list[Any]) -> list[Any]:
             size, limit = (jnp.reshape(x, ()) for x in (size, limit))
             kind = size.dtype, limit.dtype, _mesh.varying_axes(size), _mesh.varying_axes(limit)
         alike.setdefault(kind, {})[ids] = size, limit
-    made = {}
+    made, one = {}, shared(jnp.ones((), jnp.float32))
     for found in alike.values():
         size, limit = (stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
-        one = _factor(factor, size, limit)
-        made |= zip(found, map(factors, apart(one) if len(found) > 1 else [one]), strict=True)
+        each = _factor(factor, size, limit)
+        each = apart(each) if len(found) > 1 else [shared(each)]
+        made |= zip(found, [factors(x, one.astype(x.dtype)) for x in each], strict=True)
     return [made[id(size), id(limit)] for size, limit in pairs]
 
 

@@ -15,7 +15,8 @@ from jax import lax
 from jax.extend.core import primitives
 
 from optclip import _mesh, _squares
-from optclip._squares import Plan
+from optclip._slots import Plan, rows_of
+from optclip._vectors import concatenate, shared
 
 
 def is_gradient(leaf: Any) -> bool:
@@ -96,7 +97,7 @@ def _measured(leaves: tuple[jax.Array, ...], ord: float, plan: Plan, backend: st
     largest = _maxima(leaves, sizes, plan)
     if ord == np.inf:
         return tuple(largest)
-    safe = [jnp.where((m > 0) & jnp.isfinite(m), m, 1) for m in largest]
+    safe = [shared(jnp.where((m > 0) & jnp.isfinite(m), m, 1)) for m in largest]
     tied = [lax.optimization_barrier((x, safe[g])) for x, g in zip(leaves, plan.group, strict=True)]
     powers = _reduce([over(_magnitude(x, dtype), m) ** ord for x, m in tied], plan, "sum")
     return tuple(jnp.where(jnp.isfinite(m), m * s ** (1 / ord), m) for m, s in zip(largest, powers, strict=True))
@@ -135,7 +136,8 @@ def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
 def _maxima(leaves: Sequence[jax.Array], sizes: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
     """The largest magnitude of each group; infinity for NaN, which XLA's maximum may drop, as no infinity is."""
     if jax.default_backend() != "cpu" or _mesh.partitioned(leaves):
-        return _reduce([jnp.where(jnp.isnan(m), jnp.inf, m) for m in sizes], plan, "max")
+        largest = shared(jnp.asarray(jnp.inf, sizes[0].dtype))
+        return _reduce([jnp.where(jnp.isnan(m), largest, m) for m in sizes], plan, "max")
     # XLA:CPU makes a pass of its own of such a select, and a copy (133 ms for GPT-2 124M). A sum of squares keeps a NaN
     # and runs at memory speed; so does the maximum of magnitudes, but in bfloat16 only that and the minimum as it is.
     lost = [jnp.isnan(s) for s in _local([jnp.square(m) for m in sizes], plan, "sum")]
@@ -151,12 +153,34 @@ def _maxima(leaves: Sequence[jax.Array], sizes: Sequence[jax.Array], plan: Plan)
 
 def _reduce(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
     """Reduces each part over its axes, adds up groups, and crosses the mesh once."""
+    if jax.default_backend() != "cpu" and not _mesh.partitioned(parts):
+        parts, plan = _by_rows(parts, plan, op)
     return _across(_local(parts, plan, op), plan, op)
 
 
 def _local(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
     reduce = {"sum": jnp.sum, "max": partial(jnp.max, initial=0), "min": partial(jnp.min, initial=0)}[op]
     return [reduce(x, axis=d, keepdims=d is not None) for x, d in zip(parts, plan.dims, strict=True)]
+
+
+def _by_rows(parts: Sequence[jax.Array], plan: Plan, op: str) -> tuple[list[jax.Array], Plan]:
+    """Whole leaves of one group as one vector, of the rows of the large; XLA:GPU takes two kernels for each of them."""
+    slots: dict[Any, list[int]] = {}
+    for i, key in enumerate(zip(plan.dims, plan.group, plan.mesh, strict=True)):
+        slots.setdefault(key if key[0] is None else i, []).append(i)
+    add_up = {"sum": lax.add, "max": lax.max}[op]
+
+    def rows(x: jax.Array) -> jax.Array:
+        dims = rows_of(x)
+        return jnp.ravel(lax.reduce(x, jnp.zeros((), x.dtype), add_up, dims) if dims else x)
+
+    first = [same[0] for same in slots.values()]
+    joined = [
+        parts[same[0]] if plan.dims[same[0]] is not None else concatenate([rows(parts[i]) for i in same])
+        for same in slots.values()
+    ]
+    take = lambda field: tuple(field[i] for i in first)
+    return joined, Plan(take(plan.dims), take(plan.group), take(plan.mesh))
 
 
 def _across(local: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:

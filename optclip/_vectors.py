@@ -59,7 +59,9 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     loop, although this one never turns, so behind it neither vector nor places are known, and kernels are alike.
     """
     if jax.default_backend() != "cpu":
-        return _split(vector)
+        # XLA:GPU makes a kernel of each slice; of slices at places read from one array, one kernel for a hundred.
+        places = _split(lax.optimization_barrier(jnp.arange(vector.size, dtype=jnp.uint32)))
+        return [lax.reshape(lax.dynamic_slice(vector, [i], [1]), ()) for i in places]
     # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
     width = math.isqrt(vector.size)
     table = jnp.reshape(jnp.pad(vector, (0, -vector.size % width)), (-1, width))
@@ -68,6 +70,17 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
     table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
     return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
+
+
+def shared(number: jax.Array) -> jax.Array:
+    """A number that many kernels read, as a part of an array.
+
+    XLA:GPU merges kernels that read one array, not so those that share a scalar: to scale GPT-2's 148 leaves takes 9
+    kernels instead of 148, and adamw behind it 17 instead of 150.
+    """
+    if jax.default_backend() == "cpu" or number.ndim:
+        return number
+    return lax.optimization_barrier(jnp.broadcast_to(number, (2,)))[0]
 
 
 @partial(jax.jit, inline=True)  # traced once

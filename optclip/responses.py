@@ -67,9 +67,9 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, inline=True)  # traced once
-def factors(factor: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+def factors(factor: jax.Array, one: Any = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What `multiplied` takes: whether the factor of `_quotient` is exactly 1, and the two it is made of."""
-    return factor == 1, factor, _where(factor > 0, 1, factor)
+    return factor == one, factor, _where(factor > 0, 1, factor)
 
 
 def multiplied(update: jax.Array, same: jax.Array, first: jax.Array, second: jax.Array) -> jax.Array:

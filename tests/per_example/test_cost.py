@@ -13,6 +13,8 @@ from jax import lax
 
 from optclip import per_example as pe
 
+pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts of XLA:CPU")
+
 
 def cost(function, *args):
     compiled = jax.jit(function).lower(*args).compile()

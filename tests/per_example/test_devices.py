@@ -8,6 +8,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from optclip import per_example as pe
+from tests.meshes import devices
 
 from . import oracle
 
@@ -18,8 +19,6 @@ PARAMS = {
     "stack": jnp.asarray(random.randn(3, 8, 8), jnp.float32),
 }
 BATCH = jnp.asarray(random.randn(8, 4, 5), jnp.float32)
-
-pytestmark = pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
 
 
 def loss_fn(params, x):
@@ -33,7 +32,7 @@ f = pe.clipped_value_and_grad(loss_fn, 0.3)
 
 
 def mesh(kind):
-    return jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=jax.devices()[:4])
+    return jax.make_mesh((4,), ("data",), axis_types=(kind,), devices=devices(4))
 
 
 def reductions(compiled):

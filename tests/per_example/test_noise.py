@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from optclip import per_example
 from optclip.per_example import adapt_limit, add_gaussian_noise, split_budget, split_budget_by_size
+from tests.meshes import devices
 
 ZEROS = {"w": jnp.zeros((200, 100)), "half": jnp.zeros(20_000, jnp.bfloat16), "b": jnp.zeros(20_000)}
 
@@ -89,7 +90,7 @@ def test_limits_of_groups_schedules_and_sensitivity():
 
 
 def test_same_numbers_with_sharded_arrays():
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = Mesh(np.array(devices(2)), ("x",))
     tx = add_gaussian_noise(1.0, 1.0, 1, key=0)
     sharded = jax.device_put(ZEROS, NamedSharding(mesh, PartitionSpec("x")))
     want, _ = jax.jit(tx.update)(ZEROS, tx.init(ZEROS))
@@ -99,7 +100,7 @@ def test_same_numbers_with_sharded_arrays():
 
 @pytest.mark.parametrize("check", [True, False])
 def test_under_shard_map_shards_differ_and_replicas_agree(check):
-    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    mesh = Mesh(np.array(devices(2)), ("x",))
     specs = {"w": PartitionSpec("x"), "half": PartitionSpec(), "b": PartitionSpec("x")}
     tx = add_gaussian_noise(1.0, 1.0, 1, key=0, axis_name=None if check else {"w": "x", "half": None, "b": "x"})
 

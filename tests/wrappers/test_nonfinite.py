@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import optclip
 from optclip import clip_by_ema, clip_by_global_norm, skip_nonfinite
+from tests.meshes import devices
 
 PARAMS = {"a": jnp.linspace(-1, 1, 6).reshape(2, 3), "h": jnp.ones(3, jnp.float16), "b": jnp.ones(2, jnp.bfloat16),
           "n": jnp.arange(2), "none": None}  # fmt: skip
@@ -192,7 +193,7 @@ def test_lanes_of_vmap_decide_for_themselves():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_devices_decide_together(checked):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices(2))
     tx = skip_nonfinite(optax.trace(0.9))
     g = jnp.array([1.0, 2.0, jnp.nan, 4.0])
     specs = (P("data"), optax.tree.map_params(tx, lambda _: P("data"), tx.init(g), transform_non_params=lambda _: P()))
@@ -200,7 +201,7 @@ def test_devices_decide_together(checked):
     updates, state = jax.jit(update)(g, tx.init(g))
     assert updates.tolist() == [0] * 4 and state.inner_state.trace.tolist() == [0] * 4 and int(state.total) == 1
     alone = jax.pmap(lambda g: skip_nonfinite(optax.identity(), axis_name=()).update(
-        g, skip_nonfinite(optax.identity()).init(g))[0], axis_name="i", devices=jax.devices()[:2])  # fmt: skip
+        g, skip_nonfinite(optax.identity()).init(g))[0], axis_name="i", devices=devices(2))  # fmt: skip
     assert alone(g.reshape(2, 2)).tolist() == [[1, 2], [0, 0]]
 
 

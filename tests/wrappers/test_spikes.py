@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import optclip
 from optclip import clip_by_global_norm, skip_spikes
 from optclip.thresholds import ema_ratio, window_zscore
+from tests.meshes import devices
 
 
 class Oracle:
@@ -182,7 +183,7 @@ def test_one_norm_for_the_guard_and_the_clipper(n):
 @pytest.mark.parametrize("checked", [True, False])
 def test_devices_decide_together(checked):
     """One shard's spike, one shard's loss: all shards skip, and the memory stays replicated."""
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices(2))
     measure = partial(optclip.global_norm, axis_name=None if checked else "data")
     tx = skip_spikes(optax.trace(0.9), 10.0, loss_rule=2.0, measure=measure)
     with jax.ensure_compile_time_eval():

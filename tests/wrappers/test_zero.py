@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import optclip
 from optclip import zero_nonfinite
+from tests.meshes import devices
 
 VALUES = [np.nan, np.inf, -np.inf, 1.5, -2.0, 0.0]
 update = jax.jit(zero_nonfinite().update)
@@ -52,7 +53,7 @@ def test_counts_stop_at_the_largest_integer():
 
 @pytest.mark.parametrize("checked", [True, False])
 def test_counts_over_a_mesh(checked):
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices(2))
     tx = zero_nonfinite(axis_name=None if checked else "data")
     g = jnp.array([jnp.nan, 1.0, jnp.nan, jnp.inf])
     body = jax.shard_map(

@@ -1,0 +1,54 @@
+"""What programs for a GPU cost: sums in the program that its compiler is given and, where there is one, kernels."""
+
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import optclip
+from tests.test_cost import compiled, gpt2, size, small
+
+on_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="kernels of XLA:GPU")
+CLIPPERS = {
+    "global": (optclip.clip_by_global_norm(1.0), optax.clip_by_global_norm(1.0)),
+    "largest": (optclip.clip_by_global_norm(1.0, jnp.inf), optax.clip_by_global_norm(1.0)),
+    "leaf": (optclip.clip_by_leaf_norm(1.0), optax.clip_by_global_norm(1.0)),
+    "units": (optclip.adaptive_grad_clip(0.01), optax.adaptive_grad_clip(0.01)),
+    "adagc": (optclip.adagc(), optax.clip_by_global_norm(1.0)),
+}
+clippers = pytest.mark.parametrize(("tx", "peer"), CLIPPERS.values(), ids=CLIPPERS)
+
+
+def sums(tx: Any, tree: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Reductions over arrays in the program for a GPU."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    traced = jax.jit(tx.update).trace(tree, jax.eval_shape(tx.init, tree), tree)
+    return len(re.findall(r"stablehlo\.reduce(_window)?\b", traced.lower(lowering_platforms=("cuda",)).as_text()))
+
+
+@pytest.mark.parametrize(("name", "most"), [("global", 60), ("largest", 60), ("leaf", 65), ("units", 135)])
+def test_one_sum_for_each_large_leaf(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+    """GPT-2 has 50 large leaves and 98 small ones; units are measured of gradients and of parameters."""
+    assert sums(CLIPPERS[name][0], gpt2(), monkeypatch) <= most
+
+
+def test_small_leaves_are_summed_together(monkeypatch: pytest.MonkeyPatch):
+    assert sums(optclip.clip_by_global_norm(1.0), small(1000), monkeypatch) <= 10
+    assert sums(optclip.clip_by_leaf_norm(1.0), small(1000), monkeypatch) <= 30
+
+
+@on_gpu
+@clippers
+def test_a_fraction_of_the_kernels_of_optax(tx: Any, peer: Any):
+    ours, theirs = (compiled(t, gpt2(), donate=(0, 1)).as_text().count(" fusion(") for t in (tx, peer))
+    assert ours < 0.25 * theirs
+
+
+@on_gpu
+@clippers
+def test_no_gradient_is_stored(tx: Any, peer: Any):
+    del peer
+    assert compiled(tx, gpt2(), donate=(0, 1)).memory_analysis().temp_size_in_bytes < 0.1 * size(gpt2())
