@@ -3,10 +3,12 @@
 A transformer, a convolutional and a recurrent network of Flax, with adamw, one jitted step with donated state; each
 with every clipper and without.
 
-Typical answer on a CPU: nothing that can be told from the noise.
+Typical answer: nothing that can be told from the noise.
 
     python -m benchmarks.step
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import optax
 from flax import linen as nn
 
 import optclip
-from benchmarks._harness import arguments, build, interleave, save, show
+from benchmarks._harness import ON_CPU, arguments, build, build_all, interleave, save, show
 
 
 class Transformer(nn.Module):
@@ -49,13 +51,21 @@ class Recurrent(nn.Module):
 
 
 def models(quick: bool):
-    n = 2 if quick else 16
+    """Networks and inputs; on a GPU wide enough that it has something to do."""
+    n, length = (2, 64) if quick else (16, 64) if ON_CPU else (64, 256)
+    nets = Transformer(), Convolutional(), Recurrent()
+    if quick:
+        nets = Transformer(16, 1), Convolutional(4), Recurrent(8)
+    elif not ON_CPU:
+        nets = Transformer(768, 6), Convolutional(128), Recurrent(512)
     key = jax.random.key(0)
-    return {
-        "transformer": (Transformer(16, 1) if quick else Transformer(), jax.random.randint(key, (n, 64), 0, 512)),
-        "convolutional": (Convolutional(4) if quick else Convolutional(), jax.random.normal(key, (n, 32, 32, 3))),
-        "recurrent": (Recurrent(8) if quick else Recurrent(), jax.random.normal(key, (n, 64, 16))),
-    }
+    inputs = (
+        jax.random.randint(key, (n, length), 0, 512),
+        jax.random.normal(key, (n, 32, 32, 3)),
+        jax.random.normal(key, (n, 64, 16)),
+    )
+    names = "transformer", "convolutional", "recurrent"
+    return {name: pair for name, *pair in zip(names, nets, inputs, strict=True)}
 
 
 CLIPPERS = {
@@ -72,9 +82,9 @@ CLIPPERS = {
 
 
 def measure(model, x, rounds):
-    params = model.init(jax.random.key(1), x)
+    params = jax.jit(model.init)(jax.random.key(1), x)
     labels = jnp.arange(x.shape[0]) % 10
-    calls, compiler = {}, {}
+    makers, states = {}, {}
     for name, make in CLIPPERS.items():
         tx = optax.chain(make(), optax.adamw(1e-4))
 
@@ -85,8 +95,11 @@ def measure(model, x, rounds):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        program, compiler[name] = build(step, params, tx.init(params), donate=(0, 1), carry=2)
-        carried = [jax.tree.map(jnp.array, params), tx.init(params)]
+        states[name] = tx.init(params)
+        makers[name] = partial(build, step, params, states[name], donate=(0, 1), carry=2)
+    built, calls = build_all(makers), {}
+    for name, (program, _) in built.items():
+        carried = [jax.tree.map(jnp.array, params), states[name]]
 
         def call(program=program, carried=carried):
             carried[:] = program(*carried)
@@ -94,8 +107,8 @@ def measure(model, x, rounds):
 
         calls[name] = call
     rows = interleave(calls, "none", rounds)
-    base = compiler["none"]
-    for name, numbers in compiler.items():
+    base = built["none"][1]
+    for name, (_, numbers) in built.items():
         rows[name] |= numbers
         rows[name]["compile ratio"] = numbers["trace + compile s"] / base["trace + compile s"]
         rows[name]["temp ratio"] = numbers["temp bytes"] / base["temp bytes"]
