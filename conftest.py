@@ -1,4 +1,4 @@
-"""Four host devices for the tests, and the names that examples in docstrings use."""
+"""Four host devices for the tests (``JAX_PLATFORMS=cuda,cpu``: a GPU), and the names that docstrings use."""
 
 import os
 
@@ -11,6 +11,9 @@ import optax
 import pytest
 
 import optclip
+
+if jax.default_backend() != "cpu":
+    jax.config.update("jax_default_matmul_precision", "highest")  # else products keep 10 bits of their factors
 
 
 @pytest.fixture(autouse=True)

@@ -121,7 +121,9 @@ def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> 
         _check_shapes(pairs)
         new = [_multiply(leaves[i], *made) for i, made in zip(rows, _factors(response.factor, pairs), strict=True)]
     else:
-        new = [_respond(response, leaves[i], *pair) for i, pair in zip(rows, pairs, strict=True)]
+        every = {id(limit): limit for _, limit in pairs}
+        every = {key: shared(limit) for key, limit in every.items()}
+        new = [_respond(response, leaves[i], s, every[id(c)]) for i, (s, c) in zip(rows, pairs, strict=True)]
     for i, x in zip(rows, new, strict=True):
         leaves[i] = x
     return treedef.unflatten(leaves)

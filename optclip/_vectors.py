@@ -72,13 +72,13 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
 
 
-def shared(number: jax.Array) -> jax.Array:
-    """A number that many kernels read, as a part of an array.
+def shared(number: Any) -> Any:
+    """A number that many kernels read, as a part of an array; arrays as they are.
 
     XLA:GPU merges kernels that read one array, not so those that share a scalar: to scale GPT-2's 148 leaves takes 9
     kernels instead of 148, and adamw behind it 17 instead of 150.
     """
-    if jax.default_backend() == "cpu" or number.ndim:
+    if jax.default_backend() == "cpu" or jnp.ndim(number):
         return number
     return lax.optimization_barrier(jnp.broadcast_to(number, (2,)))[0]
 

@@ -199,7 +199,7 @@ def test_refused_where_types_are_not_checked(measure: Any):
 
 def test_replicated_gradients_in_pmap():
     twice = jax.tree.map(lambda x: np.stack([x, x]), TREE)
-    sizes = jax.pmap(partial(measures.global_norm, axis_name=()))(twice)
+    sizes = jax.pmap(partial(measures.global_norm, axis_name=()), devices=meshes.devices(2))(twice)
     np.testing.assert_allclose(sizes, [measures.global_norm(TREE)] * 2, rtol=1e-6)
 
 

@@ -121,7 +121,7 @@ def clip21(inner: optax.GradientTransformation) -> optax.GradientTransformationE
       [1.0, 2.0, 2.5, 2.5]
     """
     _checks.check_transformation("clip21", "inner", inner)
-    return _track(inner, 1.0)
+    return _track(inner, 0.0)
 
 
 def track_median(
@@ -157,14 +157,14 @@ def track_median(
     measure = measure or global_norm
     _checks.check_fraction("track_median", "decay", decay)
     response = clamp if measure is magnitude else rescale
-    return _track(clip_by(measure, fixed(limit, call="track_median"), response), 1 - jnp.asarray(decay, jnp.float32))
+    return _track(clip_by(measure, fixed(limit, call="track_median"), response), decay)
 
 
-def _track(inner: optax.GradientTransformation, weight: Any) -> optax.GradientTransformationExtraArgs:
+def _track(inner: optax.GradientTransformation, decay: Any) -> optax.GradientTransformationExtraArgs:
     clipper = optax.with_extra_args_support(inner)
 
     def move(v: jax.Array, g: jax.Array, apart: jax.Array, step: jax.Array) -> jax.Array:
-        w, g = jnp.asarray(weight).astype(v.dtype), g.astype(v.dtype)
+        w, g = (1 - jnp.asarray(decay, jnp.float32)).astype(v.dtype), g.astype(v.dtype)
         mixed = jnp.where(w == 1, g, w * g + (1 - w) * v)  # v + (g - v) would not be g
         return jnp.where(step == apart, mixed, v + w * step)
 
