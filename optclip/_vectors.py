@@ -76,7 +76,7 @@ def shared(number: Any) -> Any:
     """A number that many kernels read, as a part of an array; arrays as they are.
 
     XLA:GPU merges kernels that read one array, not so those that share a scalar: to scale GPT-2's 148 leaves takes 9
-    kernels instead of 148, and adamw behind it 17 instead of 150.
+    kernels instead of 148, and adamw behind it 17 instead of 150 (1.23 ms with the norm on an H200; adamw alone 1.19).
     """
     if jax.default_backend() == "cpu" or jnp.ndim(number):
         return number
