@@ -79,7 +79,7 @@ def autoclip(
       percent: in [0, 100] (paper: 10): a number, a traced scalar, or a schedule. 100 clips nothing.
       window: >= 1, norms remembered.
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the window: the norm before the clip by default; None for `raw`.
+      feeding: what enters the window; None for `raw`, the norm before the clip.
       warmup: steps that only collect (paper: 0).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.

@@ -90,7 +90,7 @@ def percentile_clipping(
         an integer, a traced scalar, or a schedule.
       window: >= 1, norms remembered per leaf (bitsandbytes: 100).
       measure: the scope, see `optclip.measures`; None for `leaf_norm`.
-      feeding: what enters the window: the norm before the clip by default; None for `raw`.
+      feeding: what enters the window; None for `raw`, the norm before the clip.
       warmup: steps that only collect.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.

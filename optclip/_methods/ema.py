@@ -91,7 +91,7 @@ def clip_by_ema(
       ratio: > 1, a factor on the average norm (torchzero: 1.5): a number, a traced scalar, or a schedule.
       decay: in [0, 1), per step (torchzero: 0.99).
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the average: the norm after the clip by default; None for `clipped`.
+      feeding: what enters the average; None for `clipped`, the norm after the clip.
       warmup: steps that only collect (25, as ZClip).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the average starts afresh; None for never.

@@ -89,7 +89,7 @@ def clip_by_historical_norm(
       z: > 0, standard deviations above the mean (Levanter: 3): a number, a traced scalar, or a schedule.
       window: >= 2, norms remembered (Levanter: 128).
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the window: the norm before the clip by default, "to prevent collapse"; None for `raw`.
+      feeding: what enters the window; None for `raw`, the norm before the clip, "to prevent collapse".
       warmup: norms to collect first (Levanter: half the window).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.

@@ -108,7 +108,7 @@ def clip_by_median(
       ratio: > 0 (``clipping_scale``; icefall's recipes: 2): a number, a traced scalar, or a schedule.
       window: >= 4, norms remembered, and steps between two estimates (icefall: 100).
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the window: the norm before the clip by default; None for `raw`.
+      feeding: what enters the window; None for `raw`, the norm before the clip.
       warmup: steps that only collect; the first estimate is after 10 in any case, doubled until the window is full.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.

@@ -91,7 +91,7 @@ def clip_by_ema_sigma(
       first_limit: > 0, the limit of the first step and the highest start of the mean (Open-Sora Plan: 1.0), in units
         of the norm; infinity for none.
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the averages: by default norms that were not clipped; None for `accepted`.
+      feeding: what enters the averages; None for `accepted`, norms that were not clipped.
       patience: clips in a row after which the averages start afresh, at three times the norm of the day, and zeros do
         not enter them; None for neither.
 

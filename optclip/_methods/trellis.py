@@ -86,7 +86,7 @@ def clip_by_percentile(
       window: >= 1, norms remembered (TRELLIS: 1000).
       max_norm: > 0, the largest limit (TRELLIS's configurations: 1.0): a number, a traced scalar, or a schedule.
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the window: the norm before the clip by default; None for `raw`.
+      feeding: what enters the window; None for `raw`, the norm before the clip.
       warmup: norms to collect first; None for a full window.
       warmup_limit: a static limit during warm-up besides ``max_norm``, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.

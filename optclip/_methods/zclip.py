@@ -134,7 +134,7 @@ def zclip(
         schedule.
       eps: >= 0, added to s in the score (authors' code: 1e-6), in units of the norm.
       measure: the scope, see `optclip.measures`; None for `global_norm`.
-      feeding: what enters the averages: the norm after the clip by default, before ``max_norm``; None for `clipped`.
+      feeding: what enters the averages; None for `clipped`, the norm after the clip and before ``max_norm``.
       warmup: >= 1, norms whose plain mean and standard deviation start the averages (paper: 25).
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row (by the score, not by ``max_norm``) after which the warm-up starts anew, and zeros do

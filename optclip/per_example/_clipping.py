@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optclip.per_example import _engine
 from optclip.per_example._front import Call, Signature, prepare
 from optclip.per_example._jax import placed_as, zeros
-from optclip.per_example._limits import Limits, Weights, check_limits, resolve, weigh
+from optclip.per_example._limits import Limits, Weights, check_norms, resolve, weigh
 from optclip.per_example._rules import Rule, hard
 
 __all__ = ["PerExample", "clipped_value_and_grad", "unclipped_fraction", "value_and_norms"]
@@ -114,7 +114,7 @@ def clipped_value_and_grad(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', not {reduction!r}")
     _check_microbatch(name, microbatch)
-    check_limits(name, max_norm)
+    check_norms(name, max_norm)
 
     def f(*args: Any, example_mask: jax.Array | None = None, **kwargs: Any) -> tuple[tuple[jax.Array, PerExample], Any]:
         call = prepare(name, loss_fn, signature, args, kwargs)

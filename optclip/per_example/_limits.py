@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from optclip import _checks
 from optclip.per_example._rules import Rule
 
-__all__ = ["Limits", "Weights", "check_limits", "resolve", "weigh"]
+__all__ = ["Limits", "Weights", "check_norms", "resolve", "weigh"]
 
 
 class Limits(NamedTuple):
@@ -47,7 +47,7 @@ def resolve(name: str, max_norm: Any, params_tree: Any, what: str = "max_norm") 
     return Limits(values, group, tree)
 
 
-def check_limits(name: str, max_norm: Any) -> None:
+def check_norms(name: str, max_norm: Any) -> None:
     """Raises unless every limit is a number > 0 or a traced scalar."""
     for value in jax.tree.leaves(max_norm):
         if callable(value):
