@@ -121,9 +121,9 @@ def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> 
         _check_shapes(pairs)
         new = [_multiply(leaves[i], *made) for i, made in zip(rows, _factors(response.factor, pairs), strict=True)]
     else:
-        every = {id(limit): limit for _, limit in pairs}
-        every = {key: shared(limit) for key, limit in every.items()}
-        new = [_respond(response, leaves[i], s, every[id(c)]) for i, (s, c) in zip(rows, pairs, strict=True)]
+        distinct = {id(limit): limit for _, limit in pairs}
+        limits_of = {key: shared(limit) for key, limit in distinct.items()}
+        new = [_respond(response, leaves[i], s, limits_of[id(c)]) for i, (s, c) in zip(rows, pairs, strict=True)]
     for i, x in zip(rows, new, strict=True):
         leaves[i] = x
     return treedef.unflatten(leaves)
@@ -140,7 +140,7 @@ def _factors(factor: Any, pairs: list[Any]) -> list[Any]:
             size, limit = (jnp.reshape(x, ()) for x in (size, limit))
             kind = size.dtype, limit.dtype, _mesh.varying_axes(size), _mesh.varying_axes(limit)
         alike.setdefault(kind, {})[ids] = size, limit
-    made, one = {}, shared(jnp.ones((), jnp.float32))
+    made, one = {}, shared(jnp.ones((), jnp.float32))  # so that all kernels have an array in common
     for found in alike.values():
         size, limit = (stack(x) if len(found) > 1 else x[0] for x in zip(*found.values(), strict=True))
         each = _factor(factor, size, limit)

@@ -1,6 +1,7 @@
 """On a CPU: one pass in the body of a loop that turns again, at another scale, where a sum was out of range."""
 
 import functools
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._slots import SMALL, Slot, far_scale, lossless, short, sum_of_squares
+from optclip._slots import SMALL, Slot, far_scale, lossless
 from optclip._vectors import alike, pack
 
 
@@ -81,7 +82,7 @@ def _turns(sizes: list[jax.Array], low: float, high: float, dtype: Any, meshed: 
         small = functools.reduce(lax.min, same) < low
         large = ~(functools.reduce(lax.max, same) <= high)  # a NaN beside it may hide what is too large
         code = jnp.where(large, 2.0, jnp.where(small, 1.0, 0.0)).astype(dtype)
-        wanted = jnp.maximum(wanted, short(code, jnp.max))
+        wanted = jnp.maximum(wanted, _short(code, jnp.max))
     return wanted
 
 
@@ -109,3 +110,29 @@ def _nothing(slot: Slot, dtype: Any) -> jax.Array:
     dims = None if slot.dims is None else (0, *(a + 1 for a in slot.dims))
     zero = sum_of_squares(Slot([x[None][:0] for x in arrays], dims, slot.groups, slot.mesh), dtype)
     return zero if dims is None else zero[0]
+
+
+def sum_of_squares(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
+    """The sum of (scale * x)^2 over a slot; ``scale`` may come once per array."""
+    scales = scale if isinstance(scale, list) else [scale] * len(slot.arrays)
+    total: Any = None
+    for x, k in zip(slot.arrays, scales, strict=True):
+        parts = [p.astype(dtype) for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+        squares = [jnp.square(p if k is None else p * k) for p in parts]
+        square = squares[0] if len(squares) == 1 else squares[0] + squares[1]
+        part = _short(square, jnp.sum) if slot.dims is None else jnp.sum(square, slot.dims, keepdims=True)
+        total = part if total is None else total + part
+    return total
+
+
+def _short(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """The sum or maximum of ``x``; of a small array in steps of at most 32 numbers.
+
+    XLA:CPU stores what it sums, to cut a longer sum into windows of 32 itself: three fusions instead of two.
+    """
+    while 32 < x.size < SMALL and not _mesh.partitioned([x]):
+        rows = next((r for r in range(32, 1, -1) if x.size % r == 0), 1)
+        if rows == 1:
+            break
+        x = lax.optimization_barrier(reduce(jnp.reshape(x, (rows, -1)), 0))
+    return reduce(x)

@@ -168,12 +168,8 @@ def _by_rows(parts: Sequence[jax.Array], plan: Plan, op: str) -> tuple[list[jax.
     slots: dict[Any, list[int]] = {}
     for i, key in enumerate(zip(plan.dims, plan.group, plan.mesh, strict=True)):
         slots.setdefault(key if key[0] is None else i, []).append(i)
-    add_up = {"sum": lax.add, "max": lax.max}[op]
-
-    def rows(x: jax.Array) -> jax.Array:
-        dims = rows_of(x)
-        return jnp.ravel(lax.reduce(x, jnp.zeros((), x.dtype), add_up, dims) if dims else x)
-
+    reduce = {"sum": jnp.sum, "max": jnp.max}[op]
+    rows = lambda x: jnp.ravel(reduce(x, rows_of(x)))
     first = [same[0] for same in slots.values()]
     joined = [
         parts[same[0]] if plan.dims[same[0]] is not None else concatenate([rows(parts[i]) for i in same])

@@ -1,19 +1,18 @@
-"""Leaves sorted into slots: arrays whose sums of squares are added up, and how one such sum is formed."""
+"""Leaves sorted into slots: arrays whose sums of squares are added up."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from optclip import _mesh
 from optclip._vectors import alike
 
 # Leaves below so many elements are packed. Alone, each takes XLA:CPU three fusions; from here on, one.
 SMALL = 4096
-# Numbers in a row, at least: its sums at three scales are then 0.6 % of what is read.
+# Numbers in a row, at least: its sums at three scales are then 0.6 % of what is read in float32.
 ROW = 512
 
 
@@ -75,32 +74,6 @@ def stacked(slots: list[Slot]) -> list[Slot]:
         else same[0]
         for same in alike(slots, kinds)
     ]
-
-
-def sum_of_squares(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
-    """The sum of (scale * x)^2 over a slot; ``scale`` may come once per array."""
-    scales = scale if isinstance(scale, list) else [scale] * len(slot.arrays)
-    total: Any = None
-    for x, k in zip(slot.arrays, scales, strict=True):
-        parts = [p.astype(dtype) for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-        squares = [jnp.square(p if k is None else p * k) for p in parts]
-        square = squares[0] if len(squares) == 1 else squares[0] + squares[1]
-        part = short(square, jnp.sum) if slot.dims is None else jnp.sum(square, slot.dims, keepdims=True)
-        total = part if total is None else total + part
-    return total
-
-
-def short(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
-    """The sum or maximum of ``x``; of a small array in steps of at most 32 numbers.
-
-    XLA:CPU stores what it sums, to cut a longer sum into windows of 32 itself: three fusions instead of two.
-    """
-    while jax.default_backend() == "cpu" and 32 < x.size < SMALL and not _mesh.partitioned([x]):
-        rows = next((r for r in range(32, 1, -1) if x.size % r == 0), 1)
-        if rows == 1:
-            break
-        x = lax.optimization_barrier(reduce(jnp.reshape(x, (rows, -1)), 0))
-    return reduce(x)
 
 
 def rows_of(x: jax.Array) -> tuple[int, ...]:

@@ -68,7 +68,7 @@ def _loud(size: jax.Array, limit: jax.Array) -> jax.Array:
 
 @partial(jax.jit, inline=True)  # traced once
 def factors(factor: jax.Array, one: Any = 1) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What `multiplied` takes: whether the factor of `_quotient` is exactly 1, and the two it is made of."""
+    """What `multiplied` takes: whether the factor of `_quotient` is exactly 1 (``one``), and the two it is made of."""
     return factor == one, factor, _where(factor > 0, 1, factor)
 
 
