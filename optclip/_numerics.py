@@ -169,7 +169,7 @@ def _by_rows(parts: Sequence[jax.Array], plan: Plan, op: str) -> tuple[list[jax.
     for i, key in enumerate(zip(plan.dims, plan.group, plan.mesh, strict=True)):
         slots.setdefault(key if key[0] is None else i, []).append(i)
     reduce = {"sum": jnp.sum, "max": jnp.max}[op]
-    rows = lambda x: jnp.ravel(reduce(x, rows_of(x)))
+    rows = lambda x: jnp.ravel(reduce(x, rows_of(x)) if rows_of(x) else x)
     first = [same[0] for same in slots.values()]
     joined = [
         parts[same[0]] if plan.dims[same[0]] is not None else concatenate([rows(parts[i]) for i in same])
