@@ -83,7 +83,7 @@ def clipped_value_and_grad(
       group; a limit of 1e-12 or more), up to rounding in the dtype and the precision of products it is formed in, and
       with ``drop_nonfinite`` adding or removing one example changes the sum by at most ``max_norm``. The rules of this
       package keep ``coefficient * norm <= limit``. A GPU rounds factors of float32 products to 10 bits by default (an
-      H200 exceeded a limit by 7e-5); under ``jax.default_matmul_precision("highest")`` it does not.
+      H200 exceeded a limit by 8e-5 of it); for more, ask for ``jax.default_matmul_precision("highest")``.
 
     Edge cases:
       A zero gradient has coefficient 1 under `hard` and contributes zero under every rule. Squares are formed in
