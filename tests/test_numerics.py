@@ -127,7 +127,7 @@ def test_derivatives(ord: float, scale: float, backend: str):
         slope = np.sign(x) * (np.abs(x.astype(np.float64)) / size) ** (ord - 1)
         f = lambda x: measures.global_norm([x], ord)
         np.testing.assert_allclose(jax.jit(jax.grad(f))(x), slope, rtol=1e-5)
-        np.testing.assert_allclose(jax.jvp(f, (x,), (tangent,))[1], np.sum(slope * tangent), rtol=1e-4)
+        np.testing.assert_allclose(jax.jvp(f, (x,), (tangent,))[1], np.sum(slope * tangent), rtol=1e-5)
 
 
 @pytest.mark.parametrize("ord", ORDS)
@@ -152,10 +152,9 @@ def test_derivatives_of_a_clip(tx: Any, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_vmap_is_a_loop(backend: str):
-    trees = [draw(s) for s in (1.0, 1e20, 1e-25, 0.0)]
-    stacked = jax.tree.map(lambda *x: np.stack(x), *trees)
-    got = jax.jit(jax.vmap(measures.global_norm))(stacked)
-    np.testing.assert_allclose(got, [norm(list(t.values()), 2) for t in trees], rtol=4e-6)
+    for key in ("small", "matrix"):
+        xs = np.stack([draw(s)[key] for s in (1.0, 1e20, 1e-25, 0.0)])
+        np.testing.assert_allclose(jax.vmap(measures.global_norm)(xs), [norm([x], 2) for x in xs], rtol=1e-6)
 
 
 def test_numbers_come_out_of_a_vector_in_order(backend: str):
