@@ -8,8 +8,6 @@ Typical answer: nothing that can be told from the noise.
     python -m benchmarks.step
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -84,7 +82,7 @@ CLIPPERS = {
 def measure(model, x, rounds):
     params = jax.jit(model.init)(jax.random.key(1), x)
     labels = jnp.arange(x.shape[0]) % 10
-    makers, states = {}, {}
+    calls, compiler = {}, {}
     for name, make in CLIPPERS.items():
         tx = optax.chain(make(), optax.adamw(1e-4))
 
@@ -95,11 +93,8 @@ def measure(model, x, rounds):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        states[name] = tx.init(params)
-        makers[name] = partial(build, step, params, states[name], donate=(0, 1), carry=2)
-    built, calls = {name: make() for name, make in makers.items()}, {}  # one by one, for XLA:GPU times its products
-    for name, (program, _) in built.items():
-        carried = [jax.tree.map(jnp.array, params), states[name]]
+        program, compiler[name] = build(step, params, tx.init(params), donate=(0, 1), carry=2)
+        carried = [jax.tree.map(jnp.array, params), tx.init(params)]
 
         def call(program=program, carried=carried):
             carried[:] = program(*carried)
@@ -107,8 +102,8 @@ def measure(model, x, rounds):
 
         calls[name] = call
     rows = interleave(calls, "none", rounds)
-    base = built["none"][1]
-    for name, (_, numbers) in built.items():
+    base = compiler["none"]
+    for name, numbers in compiler.items():
         rows[name] |= numbers
         rows[name]["compile ratio"] = numbers["trace + compile s"] / base["trace + compile s"]
         rows[name]["temp ratio"] = numbers["temp bytes"] / base["temp bytes"]

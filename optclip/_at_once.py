@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._slots import Slot, Sums, far_scale, rows_of
+from optclip._slots import Slot, Sums, far_scale, rows_of, square
 from optclip._vectors import alike, concatenate, stack
 
 Three = Sequence[jax.Array]  # at the scales 2^-88, 1 and 2^88 (of float32)
@@ -77,9 +77,7 @@ def _squares(arrays: list[jax.Array], dtype: Any) -> Iterator[Three]:
         behind, scales = lax.optimization_barrier(([arrays[i] for i in same], jnp.asarray([1 / far, far], dtype)))
         tied |= {i: (x, (scales[0], None, scales[1])) for i, x in zip(same, behind, strict=True)}
     for _, (x, scales) in sorted(tied.items()):
-        parts = [p.astype(dtype) for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-        squares = [[jnp.square(p if k is None else p * k) for p in parts] for k in scales]
-        yield [s[0] if len(s) == 1 else s[0] + s[1] for s in squares]
+        yield [square(x, dtype, k) for k in scales]
 
 
 def _blocks(squares: Three, axes: int) -> Three:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._slots import SMALL, Slot, far_scale, lossless
+from optclip._slots import SMALL, Slot, far_scale, lossless, square
 from optclip._vectors import alike, pack
 
 
@@ -97,8 +97,8 @@ def _start(slot: Slot, dtype: Any, meshed: bool) -> jax.Array:
 
 
 @partial(jax.jit, inline=True)  # traced once per shape
-def _better(size: jax.Array, square: jax.Array, back: jax.Array, sign: jax.Array, bound: jax.Array) -> jax.Array:
-    return lax.select(size * sign >= bound, size, jnp.sqrt(square) * back)
+def _better(size: jax.Array, total: jax.Array, back: jax.Array, sign: jax.Array, bound: jax.Array) -> jax.Array:
+    return lax.select(size * sign >= bound, size, jnp.sqrt(total) * back)
 
 
 def _nothing(slot: Slot, dtype: Any) -> jax.Array:
@@ -117,10 +117,8 @@ def sum_of_squares(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
     scales = scale if isinstance(scale, list) else [scale] * len(slot.arrays)
     total: Any = None
     for x, k in zip(slot.arrays, scales, strict=True):
-        parts = [p.astype(dtype) for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
-        squares = [jnp.square(p if k is None else p * k) for p in parts]
-        square = squares[0] if len(squares) == 1 else squares[0] + squares[1]
-        part = _short(square, jnp.sum) if slot.dims is None else jnp.sum(square, slot.dims, keepdims=True)
+        each = square(x, dtype, k)
+        part = _short(each, jnp.sum) if slot.dims is None else jnp.sum(each, slot.dims, keepdims=True)
         total = part if total is None else total + part
     return total
 

@@ -41,11 +41,11 @@ class Sums(NamedTuple):
     mesh: tuple[str, ...]  # the mesh axes they are still to be added up over
 
 
-def slots_of(leaves: Sequence[jax.Array], plan: Plan) -> list[Slot]:
+def slots_of(leaves: Sequence[jax.Array], plan: Plan, meshed: bool) -> list[Slot]:
     slots: dict[tuple[int, tuple[str, ...]], list[int]] = {}
     for i, key in enumerate(zip(plan.group, plan.mesh, strict=True)):
         slots.setdefault(key, []).append(i)
-    meshed, out = _mesh.partitioned(leaves), []
+    out = []
     for (group, mesh), rows in slots.items():
         arrays, dims = [leaves[i] for i in rows], plan.dims[rows[0]]
         if dims is not None and len(dims) == arrays[0].ndim:
@@ -82,6 +82,13 @@ def rows_of(x: jax.Array) -> tuple[int, ...]:
         return ()
     kept = next((k for k in range(x.ndim - 1, 0, -1) if math.prod(x.shape[k:]) >= ROW), 0)
     return tuple(range(kept, x.ndim))
+
+
+def square(x: jax.Array, dtype: Any, scale: Any = None) -> jax.Array:
+    """|scale * x|^2 of each element, in the real ``dtype``."""
+    parts = [p.astype(dtype) for p in ((x.real, x.imag) if jnp.iscomplexobj(x) else (x,))]
+    squares = [jnp.square(p if scale is None else p * scale) for p in parts]
+    return squares[0] if len(squares) == 1 else squares[0] + squares[1]
 
 
 def far_scale(dtype: Any) -> float:

@@ -27,7 +27,8 @@ from optclip._vectors import apart
 
 def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array]:
     """The Euclidean norm of each group of leaves, in ``dtype``."""
-    slots, meshed, manual = slots_of(leaves, plan), _mesh.partitioned(leaves), any(plan.mesh)
+    meshed, manual = _mesh.partitioned(leaves), any(plan.mesh)
+    slots = slots_of(leaves, plan, meshed)
     if jax.default_backend() != "cpu":
         if not meshed and not manual:
             slots = stacked(slots)
