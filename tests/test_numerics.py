@@ -196,3 +196,12 @@ def test_finite_tells_the_largest_number_from_infinity(dtype, shape):
             x = np.full(shape, top).astype(dtype)
             x.reshape(-1)[-1] = bad
             assert not look(x), bad
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16])
+def test_rounding_is_not_undone(dtype: Any):
+    """Every number of the dtype as it is; and in the program for a GPU the rounding is explicit."""
+    every = jax.lax.bitcast_convert_type(jnp.arange(65536, dtype=jnp.uint16), dtype)
+    widened = jax.jit(lambda x: _numerics.widen_rounded(x, jnp.float32))
+    np.testing.assert_array_equal(widened(every), every.astype(jnp.float32))
+    assert "reduce_precision" in widened.trace(every).lower(lowering_platforms=("cuda",)).as_text()

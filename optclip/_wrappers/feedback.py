@@ -75,7 +75,7 @@ def u_clip(
         due = _map(_plus, updates, state.buffer)
         cut, inner_state = clipper.update(due, state.inner_state, params, **extra)
         cut = jax.tree.map(_cast_like, cut, updates)
-        owed = _map(lambda s, u, d: _enter(s - u.astype(d.dtype), d), due, cut, state.buffer)
+        owed = _map(lambda s, u, d: _enter(s - _numerics.widen_rounded(u, d.dtype), d), due, cut, state.buffer)
         debt = global_norm(owed, axis_name=axis_name)
         bound = jnp.asarray(max_carry).astype(debt.dtype) * global_norm(cut, axis_name=axis_name)
         share = jnp.where(debt > bound, bound / jnp.where(debt > 0, debt, 1), 1)  # a bound of NaN bounds nothing
