@@ -20,7 +20,8 @@ if jax.default_backend() != "cpu":
 def _compiled_once(tmp_path_factory):
     """Equal programs of different tests are compiled once, by whichever worker is first: a fifth of the time."""
     folder = tmp_path_factory.getbasetemp()
-    jax.config.update("jax_compilation_cache_dir", str(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder))
+    shared = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    jax.config.update("jax_compilation_cache_dir", str(shared))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     yield
     jax.config.update("jax_compilation_cache_dir", None)

@@ -28,14 +28,17 @@ def sums(tx: Any, tree: Any, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(re.findall(r"stablehlo\.reduce(_window)?\b", traced.lower(lowering_platforms=("cuda",)).as_text()))
 
 
-@pytest.mark.parametrize(("name", "most"), [("global", 60), ("largest", 60), ("leaf", 65), ("units", 135)])
-def test_one_sum_for_each_large_leaf(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
-    """GPT-2 has 50 large leaves and 98 small ones; units are measured of gradients and of parameters."""
+@pytest.mark.parametrize(("name", "most"), [("global", 7), ("largest", 60), ("leaf", 65), ("units", 135)])
+def test_sums(name: str, most: int, monkeypatch: pytest.MonkeyPatch):
+    """GPT-2 has 50 large leaves of 6 shapes and 98 small ones; units are measured of gradients and of parameters.
+
+    The global norm has a sum for each shape, the others one for each large leaf.
+    """
     assert sums(CLIPPERS[name][0], gpt2(), monkeypatch) <= most
 
 
 def test_small_leaves_are_summed_together(monkeypatch: pytest.MonkeyPatch):
-    assert sums(optclip.clip_by_global_norm(1.0), small(1000), monkeypatch) <= 10
+    assert sums(optclip.clip_by_global_norm(1.0), small(1000), monkeypatch) <= 2
     assert sums(optclip.clip_by_leaf_norm(1.0), small(1000), monkeypatch) <= 30
 
 
