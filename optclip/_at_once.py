@@ -2,12 +2,13 @@
 
 A loop that may turn again would wait for the host. Three sums of what is read once take as long as one; but each kernel
 has a cost of its own. XLA:GPU makes 200 for a plain norm of GPT-2 124M, two for each large leaf and one for each small
-one, and takes 0.47 ms on an H200, which reads as many bytes in 0.13 ms. In 17 kernels it is 0.19 ms. So:
+one, and takes 0.47 ms on an H200, which reads as many bytes in 0.13 ms. Here it is 0.19 ms. So:
 
-* Leaves of one shape that make one size are added up, element by element, and summed as one.
-* Where each leaf has its own size, a first kernel sums parts of it, rows or blocks of columns, and the sums of all
-  parts are summed together. First kernels read the scales from one and the same vector, for XLA merges kernels that
-  share an array; not those of the largest leaves, which are faster apart: 1.9 ms instead of 2.6 ms for 1.5B.
+* A first kernel sums parts of a leaf, rows or blocks of columns, and the sums of all parts are summed together.
+* Before, leaves of one shape that make one size are added up, element by element: 12 kernels, and 1.7 ms instead of
+  2.8 ms for 1.5B. Not where the compiler may partition them.
+* First kernels read the scales from one and the same vector, for XLA merges kernels that share an array. Not those of
+  the largest leaves: merged, their norms take 2.6 ms instead of 1.9 ms for 1.5B.
 * The three sums are one reduction, for XLA reads the leaf again for each, or stores its squares, where it is over
   columns.
 """
@@ -23,13 +24,13 @@ from jax import lax
 
 from optclip import _mesh
 from optclip._slots import Slot, Sums, far_scale, rows_of, square
-from optclip._vectors import alike, stack
+from optclip._vectors import alike, concatenate, stack
 
 Three = Sequence[jax.Array]  # at the scales 2^-88, 1 and 2^88 (of float32)
 
 BLOCK = 32  # rows of a block of columns: more are fewer threads, fewer are more sums to write and to read
-FUSED = 48  # arrays that are added up in one kernel: XLA:GPU makes none of more than 96 operands
-LARGE = 2**22  # from so many elements on, a kernel of its own is faster than a part of one
+FUSED = 48  # arrays added up in one kernel, as many as a network may have layers; XLA:GPU allows 96 operands
+LARGE = 2**22  # elements of a leaf whose kernels are not to be merged with those of others
 WARP = 32  # threads that read side by side: of fewer columns they would read apart
 
 
@@ -42,12 +43,11 @@ def sums_at_once(slots: Sequence[Slot], dtype: Any, meshed: bool) -> list[Sums]:
         if meshed or not (slot.dims is None or _columns(slot)):
             sums = [_one_by_one(three, slot.dims) for three in squares]
             done.append(Sums(functools.reduce(_add, sums), slot.groups, slot.mesh))
-        elif len(squares) > 1:
-            added = [functools.reduce(_add, same) for same in alike(squares, map(jax.typeof, slot.arrays), FUSED)]
-            sums = [_together(three, range(three[0].ndim)) for three in added]
-            done.append(Sums(functools.reduce(_add, sums), slot.groups, slot.mesh))
         elif slot.dims is None:
-            parts.append((slot, [jnp.ravel(x) for x in _together(squares[0], rows_of(squares[0][0]))]))
+            if not _mesh.may_be_partitioned():  # else leaves of one shape may be sharded apart, and would move
+                squares = [functools.reduce(_add, same) for same in alike(squares, map(jax.typeof, slot.arrays), FUSED)]
+            rows = [[jnp.ravel(x) for x in _together(three, rows_of(three[0]))] for three in squares]
+            parts.append((slot, [concatenate(each) for each in zip(*rows, strict=True)]))
         else:
             parts.append((slot, _blocks(squares[0], len(slot.dims))))
     return done + _sums_of_parts(parts)
@@ -81,9 +81,9 @@ def _squares(arrays: list[jax.Array], dtype: Any) -> Iterator[Three]:
     tied: dict[int, Any] = {}
     for same in alike(range(len(arrays)), map(_mesh.varying_axes, arrays), len(arrays)):
         # Behind a barrier, for of constants, arrays or scales, XLA makes (x k)^2 = x^2 k^2, and the range is lost.
-        few = [jnp.asarray(k, dtype) for k in (1 / far, far)]
-        behind, few, many = lax.optimization_barrier(([arrays[i] for i in same], few, jnp.stack(few)))
-        tied |= {i: (x, few if x.size >= LARGE else many) for i, x in zip(same, behind, strict=True)}
+        scalars = [jnp.asarray(k, dtype) for k in (1 / far, far)]
+        behind, scalars, vector = lax.optimization_barrier(([arrays[i] for i in same], scalars, jnp.stack(scalars)))
+        tied |= {i: (x, scalars if x.size >= LARGE else vector) for i, x in zip(same, behind, strict=True)}
     for _, (x, scales) in sorted(tied.items()):
         yield [square(x, dtype, k) for k in (scales[0], None, scales[1])]
 

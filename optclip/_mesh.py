@@ -48,6 +48,12 @@ def partitioned(leaves: Iterable[Any]) -> bool:
     return any(not m.empty and len(m.manual_axes) < len(m.axis_names) for m in meshes)
 
 
+def may_be_partitioned() -> bool:
+    """Whether the compiler might partition arrays, known or not: with several devices, but for a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.device_count() > 1 and (mesh.empty or len(mesh.manual_axes) < len(mesh.axis_names))
+
+
 def _manual_type(x: Any, field: str) -> Iterable[str]:
     aval = jax.typeof(x)
     if hasattr(aval, "vma"):  # jax < 0.10

@@ -38,19 +38,6 @@ def widen(x: jax.Array, dtype: Any) -> jax.Array:
     return x.astype(complex_of(dtype) if jnp.iscomplexobj(x) else dtype)
 
 
-def widen_rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """``x`` in ``dtype`` as it was rounded to its own; XLA:GPU may undo a cast to float16 or bfloat16 as it widens."""
-    wide = widen(x, dtype)
-    if x.dtype not in (jnp.float16, jnp.bfloat16):
-        return wide
-    info = jnp.finfo(x.dtype)
-    rounded = lax.reduce_precision(wide, info.nexp, info.nmant)
-    if info.nexp == jnp.finfo(dtype).nexp:
-        return rounded
-    least = jnp.asarray(info.smallest_subnormal, dtype)  # subnormal numbers become zeros above
-    return jnp.where(jnp.abs(wide) < info.tiny.astype(dtype), jnp.round(wide / least) * least, rounded)
-
-
 def complex_of(dtype: Any) -> Any:
     """The complex dtype of the precision of a real one."""
     return jnp.dtype(jnp.complex128 if dtype == jnp.float64 else jnp.complex64)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optclip import _checks, _numerics
 from optclip._clip import clip_by
@@ -74,8 +75,8 @@ def u_clip(
     def update(updates: Any, state: FeedbackState, params: Any = None, **extra: Any) -> tuple[Any, FeedbackState]:
         due = _map(_plus, updates, state.buffer)
         cut, inner_state = clipper.update(due, state.inner_state, params, **extra)
-        cut = jax.tree.map(_cast_like, cut, updates)
-        owed = _map(lambda s, u, d: _enter(s - _numerics.widen_rounded(u, d.dtype), d), due, cut, state.buffer)
+        cut = _map(_rounded, jax.tree.map(_cast_like, cut, updates), state.buffer)
+        owed = _map(lambda s, u, d: _enter(s - u.astype(d.dtype), d), due, cut, state.buffer)
         debt = global_norm(owed, axis_name=axis_name)
         bound = jnp.asarray(max_carry).astype(debt.dtype) * global_norm(cut, axis_name=axis_name)
         share = jnp.where(debt > bound, bound / jnp.where(debt > 0, debt, 1), 1)  # a bound of NaN bounds nothing
@@ -194,6 +195,11 @@ def _start(clipper: optax.GradientTransformationExtraArgs) -> Any:
 def _plus(g: jax.Array, debt: jax.Array) -> jax.Array:
     g = g.astype(debt.dtype)
     return jnp.where(debt == 0, g, g + debt)  # a sum with 0 is not g where subnormal numbers are flushed
+
+
+def _rounded(u: jax.Array, debt: jax.Array) -> jax.Array:
+    """``u`` behind a barrier. Else XLA:GPU takes, where it is widened, what was rounded to it."""
+    return u if u.dtype == debt.dtype else lax.optimization_barrier(u)
 
 
 def _map(f: Any, updates: Any, *rest: Any) -> Any:

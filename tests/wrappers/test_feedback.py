@@ -68,6 +68,16 @@ def test_u_clip_against_numpy(kind, bound):
     assert (bounded > 0) == (bound == 3.0)  # the papers' trajectory on a healthy sequence by default
 
 
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float8_e5m2])
+def test_u_clip_owes_against_what_is_emitted(dtype):
+    """A cast that the compiler may undo stands behind a barrier: what is emitted is what is subtracted."""
+    tx = u_clip(clip_by_global_norm(1.0))
+    g = jnp.ones(5, dtype)
+    traced = jax.jit(tx.update).trace(g, tx.init(g)).jaxpr
+    (barrier,) = (e for e in traced.eqns if e.primitive.name == "optimization_barrier" and e.outvars[0].aval.dtype == dtype)
+    assert traced.jaxpr.outvars[0] is barrier.outvars[0]
+
+
 def test_u_clip_pays_all_it_owes():
     """The sum of the updates and the buffer is the sum of the gradients, rounding to bfloat16 included."""
     values = stream(300)
