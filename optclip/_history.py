@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from optclip import _checks
 from optclip._rules import Threshold, per_size, resolve, select
 
-Feed = Callable[[jax.Array, jax.Array], jax.Array]  # (size, limit) -> the value that enters the memory; NaN for none
+Feed = Callable[[jax.Array, jax.Array], jax.Array]  # (size, limit) -> the value that enters; infinity or NaN for none
 
 
 def raw(size: jax.Array, limit: jax.Array) -> jax.Array:
@@ -40,7 +40,7 @@ def winsorized(factor: float = 10.0) -> Feed:
 
 def accepted(size: jax.Array, limit: jax.Array) -> jax.Array:
     """Feeds sizes up to the limit, and nothing on a spike."""
-    return jnp.where(size <= limit, size, jnp.nan)
+    return jnp.where(size <= limit, size, jnp.inf)
 
 
 class History(NamedTuple):

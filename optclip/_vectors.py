@@ -62,14 +62,7 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     if jax.default_backend() != "cpu":
         places = _split(lax.optimization_barrier(jnp.arange(vector.size, dtype=jnp.uint32)))
         return [lax.reshape(lax.dynamic_slice(vector, [i], [1]), ()) for i in places]
-    # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
-    width = math.isqrt(vector.size)
-    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % width)), (-1, width))
-    rows, columns = ([jnp.uint32(i) for i in range(n)] for n in table.shape)
-    never = lambda carry: (carry[0][0, 0] < 0) & (carry[0][0, 0] >= 0)
-    turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
-    table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
-    return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
+    return _numbers(vector)
 
 
 def shared(number: Any) -> Any:
@@ -81,6 +74,18 @@ def shared(number: Any) -> Any:
     if jax.default_backend() == "cpu" or jnp.ndim(number):
         return number
     return lax.optimization_barrier(jnp.broadcast_to(number, (2,)))[0]
+
+
+@partial(jax.jit, inline=True)  # compiled once, where a clip is not: a loop is else compiled anew by each call
+def _numbers(vector: jax.Array) -> list[jax.Array]:
+    # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
+    width = math.isqrt(vector.size)
+    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % width)), (-1, width))
+    rows, columns = ([jnp.uint32(i) for i in range(n)] for n in table.shape)
+    never = lambda carry: (carry[0][0, 0] < 0) & (carry[0][0, 0] >= 0)
+    turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
+    table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
+    return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
 
 
 @partial(jax.jit, inline=True)  # traced once

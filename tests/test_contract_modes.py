@@ -7,6 +7,11 @@ import numpy as np
 from tests.cases import GRADS, PARAMS
 from tests.harness import assert_close, avals, each_case, half_of_the_cases, halves, standard_run, total
 
+COMPILED = []  # names of events
+jax.monitoring.register_event_duration_secs_listener(
+    lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
+)
+
 
 @half_of_the_cases(0)
 def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
@@ -50,6 +55,18 @@ def test_a_compiled_step_moves_nothing_between_host_and_device(case):
     with jax.transfer_guard("disallow"):
         update, _ = step(grad, state, params)
     assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+
+
+@each_case
+def test_a_step_outside_of_jit_compiles_once_and_forms_no_nan(case):
+    """What is compiled anew by each step is never freed."""
+    tx = case.make()
+    state = tx.init(PARAMS)
+    with jax.debug_nans(True):
+        for step in range(4):
+            before = len(COMPILED)
+            _, state = tx.update(GRADS[step], state, PARAMS)
+    assert len(COMPILED) == before
 
 
 @each_case

@@ -1,5 +1,6 @@
 """Steps with NaN or infinity: skipped whole, with the optimizer as it was."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -100,7 +101,11 @@ def skip_nonfinite(
 def _spoiled(new: Any, old: Any) -> jax.Array:
     """Whether an array was finite and no longer is. The old one is read only if the new one is not."""
     pairs = [(n, o) for n, o in zip(_memories(new), _memories(old), strict=True) if _numerics.is_gradient(n)]
-    odd = any_of(nonfinite([n for n, _ in pairs]))
+    return _lost(any_of(nonfinite([n for n, _ in pairs])), pairs)
+
+
+@functools.partial(jax.jit, inline=True)  # a branch is else compiled anew by each call outside of jit
+def _lost(odd: jax.Array, pairs: list[tuple[Any, Any]]) -> jax.Array:
     lost = lambda: any_of([jnp.isfinite(o) & ~jnp.isfinite(n) for n, o in pairs])
     return lax.cond(odd, lost, lambda: odd)
 
