@@ -92,7 +92,7 @@ def check_ord(call: str, ord: Any) -> float:
     if isinstance(ord, Tracer):
         raise TypeError(f"{call}: ord must be a number, not traced; in optax.inject_hyperparams, static_args='ord'")
     ord = float(ord) if isinstance(ord, jax.Array) and ord.ndim == 0 else ord
-    check(call, "ord", ord, lambda p: p > 0, "> 0")
+    check(call, "ord", ord, lambda p: p > 0, "> 0, a number or infinity")
     return float(ord)
 
 

@@ -92,6 +92,8 @@ def clip_by(
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
+        if not hasattr(state, "stats"):
+            raise TypeError(f"a clipper was given a {type(state).__name__}, the state of another transformation")
         sizes = measured(updates)
         if state.stats is not None:
             _checks.check_fits("updates", sizes, state.stats.sizes)
@@ -106,14 +108,14 @@ def one_at_least(sizes: Sizes) -> Sizes:
     """The sizes; a tree without leaves has the one size 0 at every scope.
 
     So its state differs from that of a filled tree in no parameter-shaped part, which is how Optax tells
-    (`optax.tree.map_params`) that sizes per leaf are no parameters.
+    (`optax.tree.map_params`) that sizes per leaf are no parameters; ``transform_non_params`` is given all as one tree.
     """
     return sizes if jax.tree.leaves(sizes) else jnp.zeros((), jnp.float32)
 
 
 def respond(response: Response, updates: Updates, sizes: Sizes, limits: Any) -> Updates:
     """Applies ``response`` to every gradient leaf, in float32 or wider, and casts back."""
-    every_size, every_limit = _spread("sizes", sizes, updates), _spread("limits", limits, updates)
+    every_limit, every_size = _spread("limits", limits, updates), _spread("sizes", sizes, updates)
     leaves, treedef = jax.tree.flatten(updates)
     rows = [i for i, x in enumerate(leaves) if _numerics.is_gradient(x)]
     pairs = [(every_size[i], every_limit[i]) for i in rows]

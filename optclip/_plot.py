@@ -207,7 +207,7 @@ def _heat_map(figure: Any, axis: Any, series: _Series) -> None:
 
     order = sorted(range(len(series.names)), key=lambda i: _natural(series.names[i]))
     names = _short([series.names[i] for i in order])
-    parts = np.where(np.isfinite(series.parts) & (series.parts > 0), series.parts, 0)[:, order]
+    parts = np.where(np.isfinite(series.parts) & (series.parts > 0), series.parts, 0)[:, order].astype(np.float64)
     width = -(-len(parts) // COLUMNS)
     starts = np.arange(0, len(parts), width)
     columns = np.maximum.reduceat(parts, starts, axis=0)  # the largest of each few steps, so that no spike is lost

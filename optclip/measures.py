@@ -128,7 +128,7 @@ def leaf_norm(tree: Updates, ord: float = 2, *, stack_axis: Any = None, axis_nam
 
 
 def leaf_rms(tree: Updates, *, stack_axis: Any = None, axis_name: Any = None) -> Sizes:
-    """The root mean square of each leaf (or layer of a stacked leaf): norm / sqrt(number of elements).
+    """The root mean square of each leaf (or layer): norm / sqrt(number of elements), infinite where the norm is.
 
     Args:
       tree: a pytree of arrays.

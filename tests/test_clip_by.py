@@ -112,6 +112,12 @@ def test_sizes_per_leaf_are_no_parameters_for_optax():
         assert "touched" not in jax.tree.leaves(marked)
 
 
+def test_the_state_of_another_transformation_is_named():
+    for state in (optax.EmptyState(), ()):
+        with pytest.raises(TypeError, match=r"was given a (EmptyState|tuple), the state of another transformation"):
+            optclip.clip_by_global_norm(1.0).update(PARAMS, state)
+
+
 def test_bad_thresholds_are_named():
     with pytest.raises(ValueError, match=r"clip_by\(threshold=-1.0\): threshold must be > 0"):
         optclip.clip_by(measures.global_norm, -1.0)

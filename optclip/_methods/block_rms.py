@@ -30,7 +30,8 @@ def clip_by_block_rms(
 
     Guarantees: as `clip_by_global_norm`, for the root mean square of each leaf.
 
-    Edge cases: an empty leaf has size 0. A NaN or an infinity makes the updates of its own leaf NaN.
+    Edge cases: an empty leaf has size 0. A NaN or an infinity makes the updates of its own leaf NaN,
+      and so does a norm of the leaf beyond 3.4e38.
 
     Departures: none; optax takes a stacked leaf as one block.
 
