@@ -1,5 +1,6 @@
 """Reading what was recorded: a flat dict of scalars for a logger, and the worst leaf by its path."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,7 +83,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
         out[f"{name}/clipped_fraction"] = jnp.mean(beyond.astype(sizes.dtype))
         out[f"{name}/worst_leaf_index"] = _row_of(table)[jnp.argmax(excess)]
         if per_leaf:
-            for path, size, limit in [row for row in table if row[0]]:
+            for path, size, limit in [row for row in table if row[0] or len(table) > 1]:
                 out[f"{name}/preclip_norm/{path}"] = size
                 out[f"{name}/limit/{path}"] = limit
     for name, state in _named(opt_state, "skip", (SkipState, SpikeState)):
@@ -134,10 +135,21 @@ def _excess(size: Any, limit: Any) -> jax.Array:
 
 
 def rows(state: ClipState) -> list[tuple[str, Any, Any]]:
-    """Path, size and limit of every recorded size; a limit deeper than its size makes a row of its own."""
+    """Path, size and limit of every recorded size; a limit deeper than its size makes a row of its own.
+
+    Of paths that read alike (a key ``a/b``, and ``b`` under ``a``) the second ends in ``#2``.
+    """
     stats = plain(state.stats)
     pairs = _pairs(stats.sizes, stats.limits, ())
-    return [(name, *pair) for name, (_, *pair) in zip(path_strings([p for p, *_ in pairs]), pairs, strict=True)]
+    names = _told_apart(path_strings([path for path, *_ in pairs]))
+    return [(name, *pair) for name, (_, *pair) in zip(names, pairs, strict=True)]
+
+
+def _told_apart(names: list[str]) -> Iterator[str]:
+    seen: Counter[str] = Counter()
+    for name in names:
+        seen[name] += 1
+        yield name if seen[name] == 1 else f"{name}#{seen[name]}"
 
 
 def _pairs(size: Any, limit: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any, ...], Any, Any]]:

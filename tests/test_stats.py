@@ -129,3 +129,11 @@ def test_a_size_that_is_not_finite_counts_as_clipped_under_any_limit(bad):
         _, state = tx.update(jnp.array([1.0, bad]), tx.init(jnp.ones(2)))
         told = optclip.summary(state)
         assert told["clip/clipped"] == told["clip/clipped_fraction"] == 1.0 and np.isnan(told["clip/scale"])
+
+
+def test_leaves_whose_paths_read_alike_have_a_row_each():
+    tree = {"a/b": jnp.ones(4), "a": {"b": jnp.full(4, 3.0)}, "": jnp.full(4, 0.5)}
+    tx = optclip.clip_by_leaf_norm(1.0)
+    got = optclip.summary(tx.update(tree, tx.init(tree))[1], per_leaf=True)
+    sizes = {key: float(value) for key, value in got.items() if key.startswith("clip/preclip_norm/")}
+    assert sizes == {"clip/preclip_norm/": 1.0, "clip/preclip_norm/a/b": 6.0, "clip/preclip_norm/a/b#2": 2.0}
