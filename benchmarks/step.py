@@ -93,8 +93,9 @@ def measure(model, x, rounds):
             updates, state = tx.update(jax.grad(loss)(params), state, params)
             return optax.apply_updates(params, updates), state
 
-        program, compiler[name] = build(step, params, tx.init(params), donate=(0, 1), carry=2)
-        carried = [jax.tree.map(jnp.array, params), tx.init(params)]
+        state = tx.init(params)
+        program, compiler[name] = build(step, params, state, donate=(0, 1), carry=2)
+        carried = [jax.tree.map(jnp.array, params), state]
 
         def call(program=program, carried=carried):
             carried[:] = program(*carried)

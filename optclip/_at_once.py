@@ -37,6 +37,7 @@ WARP = 32  # threads that read side by side: of fewer columns they would read ap
 def sums_at_once(slots: Sequence[Slot], dtype: Any, meshed: bool) -> list[Sums]:
     """The sums of each slot; ``meshed``, array by array, for the compiler partitions them."""
     squares_of = _squares([x for slot in slots for x in slot.arrays], dtype)
+    add_up = not _mesh.may_be_partitioned()  # else leaves of one shape may be sharded apart, and would move
     done, parts = [], []
     for slot in slots:
         squares = [next(squares_of) for _ in slot.arrays]
@@ -44,7 +45,7 @@ def sums_at_once(slots: Sequence[Slot], dtype: Any, meshed: bool) -> list[Sums]:
             sums = [_one_by_one(three, slot.dims) for three in squares]
             done.append(Sums(functools.reduce(_add, sums), slot.groups, slot.mesh))
         elif slot.dims is None:
-            if not _mesh.may_be_partitioned():  # else leaves of one shape may be sharded apart, and would move
+            if add_up:
                 squares = [functools.reduce(_add, same) for same in alike(squares, map(jax.typeof, slot.arrays), FUSED)]
             rows = [[jnp.ravel(x) for x in _together(three, rows_of(three[0]))] for three in squares]
             parts.append((slot, [concatenate(each) for each in zip(*rows, strict=True)]))

@@ -45,13 +45,17 @@ def partitioned(leaves: Iterable[Any]) -> bool:
     Types tell, for arguments with a NamedSharding as for ``jax.set_mesh``; ``jit(in_shardings=...)`` alone does not.
     """
     meshes = [jax.sharding.get_abstract_mesh(), *(jax.typeof(x).sharding.mesh for x in leaves)]
-    return any(not m.empty and len(m.manual_axes) < len(m.axis_names) for m in meshes)
+    return any(map(_has_axes_to_partition, meshes))
 
 
 def may_be_partitioned() -> bool:
     """Whether the compiler might partition arrays, known or not: with several devices, but for a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and (mesh.empty or len(mesh.manual_axes) < len(mesh.axis_names))
+    return jax.device_count() > 1 and (mesh.empty or _has_axes_to_partition(mesh))
+
+
+def _has_axes_to_partition(mesh: jax.sharding.AbstractMesh) -> bool:
+    return not mesh.empty and len(mesh.manual_axes) < len(mesh.axis_names)
 
 
 def _manual_type(x: Any, field: str) -> Iterable[str]:

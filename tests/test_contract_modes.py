@@ -7,10 +7,13 @@ import numpy as np
 from tests.cases import GRADS, PARAMS
 from tests.harness import assert_close, avals, each_case, half_of_the_cases, halves, standard_run, total
 
-COMPILED = []  # names of events
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: COMPILED.append(event) if event.endswith("backend_compile_duration") else None
-)
+COMPILED = []  # an event for each program
+
+
+@jax.monitoring.register_event_duration_secs_listener
+def _compiled(event, *_, **__):
+    if event.endswith("backend_compile_duration"):
+        COMPILED.append(event)
 
 
 @half_of_the_cases(0)
