@@ -2,7 +2,7 @@
 
 from optclip import measures, per_example, responses, sketch, thresholds, wrappers
 from optclip._advise import Advice, advise
-from optclip._clip import ClipState, ClipStats, clip_by
+from optclip._clip import ClipState, clip_by
 from optclip._methods.acclip import acclip
 from optclip._methods.adagc import adagc
 from optclip._methods.agc import adaptive_grad_clip
@@ -32,6 +32,7 @@ from optclip._methods.value import clip
 from optclip._methods.zclip import zclip
 from optclip._observe import ObserveState, merge, observe
 from optclip._plot import plot
+from optclip._recorded import ClipStats
 from optclip._rules import Threshold
 from optclip.functional import clip_tree
 from optclip.measures import global_norm

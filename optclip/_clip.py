@@ -17,23 +17,12 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
+from optclip._recorded import ClipStats, check_sizes
 from optclip._rules import Threshold, fixed
 from optclip._transformation import transformation
 from optclip._vectors import apart, shared, stack
 from optclip.measures import Measure, Sizes, Updates
 from optclip.responses import Response, factors, multiplied, rescale
-
-
-class ClipStats(NamedTuple):
-    """What the last step measured and allowed, before the clip.
-
-    Attributes:
-      sizes: the pre-clip sizes, a prefix tree of the updates, float32 (float64).
-      limits: their limits, likewise; infinity before the first step.
-    """
-
-    sizes: Sizes
-    limits: Any
 
 
 class ClipState(NamedTuple):
@@ -96,10 +85,10 @@ def clip_by(
             raise TypeError(f"a clipper was given a {type(state).__name__}, the state of another transformation")
         sizes = measured(updates)
         if state.stats is not None:
-            _checks.check_fits("updates", sizes, state.stats.sizes)
+            check_sizes(sizes, state.stats)
         limits, memory = allowed(sizes, state.rule, params, **extra)
-        stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
-        return respond(response, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), stats)
+        after = ClipState(cast_tree(memory, state.rule), stats_after(sizes, limits, state.stats))
+        return respond(response, updates, sizes, limits), after
 
     return transformation(init, update)
 
@@ -190,6 +179,16 @@ def _spread(name: str, prefix: Any, updates: Updates) -> list[Any]:
     except ValueError as error:
         trees = f"{jax.tree.structure(prefix)} for updates {jax.tree.structure(updates)}"
         raise ValueError(f"the {name} must be a prefix tree of the updates, got {trees}") from error
+
+
+def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStats | None:
+    """What is recorded, in the form in which it was before: a state that Flax restored, of a vmap, is not packed."""
+    if before is None:
+        return None
+    new = ClipStats(sizes, limits)
+    if jax.tree.structure(new) != jax.tree.structure(before):
+        new = ClipStats.tree_unflatten(None, (sizes, limits))
+    return cast_tree(new, before)
 
 
 def cast_tree(new: Any, old: Any) -> Any:

@@ -9,12 +9,13 @@ import optax
 from optclip import _checks, _course, _mesh, sketch
 from optclip._clip import cast_tree
 from optclip._course import Course
+from optclip._recorded import plain
 from optclip._transformation import transformation
 from optclip._vectors import concatenate, stack
 from optclip.measures import Measure, leaf_norm
 from optclip.selection import path_strings
 from optclip.sketch import Sketch
-from optclip.stats import plain, recorded, rows
+from optclip.stats import recorded, rows
 
 
 class Recent(NamedTuple):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip._clip import ClipState
+from optclip._recorded import plain
 from optclip._vectors import concatenate
 from optclip._wrappers.nonfinite import SkipState
 from optclip._wrappers.spikes import SpikeState
@@ -200,9 +201,3 @@ def _nodes(tree: Any, kind: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[t
             yield path + more, node
         if isinstance(node, guards):
             yield from _nodes(node.inner_state, kind, path + more)
-
-
-def plain(tree: Any) -> Any:
-    """The tree with the variables that frameworks wrap around arrays (``nnx``) taken off."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: hasattr(x, "get_value"))
-    return treedef.unflatten([x.get_value() if hasattr(x, "get_value") else x for x in leaves])

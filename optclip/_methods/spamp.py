@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _elementwise, _numerics
-from optclip._clip import ClipState, ClipStats, cast_tree, clip_by, one_at_least, respond
+from optclip._clip import ClipState, cast_tree, clip_by, one_at_least, respond, stats_after
 from optclip._history import Feed, raw, running_mean
 from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
@@ -76,7 +76,6 @@ def spamp(
         wide = [jax.tree.broadcast(x, updates) for x in (sizes, limits)]
         shaped = jax.tree.map(power, updates, *wide)
         out = _elementwise.cast_back(respond(rescale, shaped, one_at_least(measure(shaped)), limits), updates)
-        stats = None if state.stats is None else cast_tree(ClipStats(sizes, limits), state.stats)
-        return out, ClipState(cast_tree(memory, state.rule), stats)
+        return out, ClipState(cast_tree(memory, state.rule), stats_after(sizes, limits, state.stats))
 
     return transformation(clip_by(measure, rule, record=record).init, update)
