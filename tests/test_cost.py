@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import optclip
+from optclip._memories import Window, smallest
 from tests.meshes import devices
 
 # There nobody's norm is one pass: 2490 MB for us and 2489 MB for Optax on GPT-2 124M, instead of 1494 MB.
@@ -172,6 +173,14 @@ def test_per_leaf_rules_cost_no_more_than_the_static_clip(tx: Any):
 
 
 @one_pass
+@one_pass
+def test_a_turn_of_the_selection_stores_nothing():
+    window = jax.ShapeDtypeStruct((148, 1000), jnp.float32)
+    select = lambda values: smallest(Window(values), jnp.full(148, 100))
+    # Filled up once, a read and a write; the body of the loop then reads that.
+    assert bytes_accessed(jax.jit(select).lower(window).compile()) <= 3.2 * size(window)
+
+
 def test_fusions_grow_with_the_leaves():
     few, many = (cost(optclip.clip_by_global_norm(1.0), small(n))["fusions"] for n in (20, 120))
     assert many - few == 100
