@@ -15,7 +15,8 @@ from jax import lax
 from jax.extend.core import primitives
 
 from optclip import _mesh, _squares
-from optclip._slots import Plan, rows_of
+from optclip._largest import largest
+from optclip._slots import Plan, in_shape, rows_of
 from optclip._vectors import concatenate, shared
 
 
@@ -91,16 +92,16 @@ def _measured(leaves: tuple[jax.Array, ...], ord: float, plan: Plan, backend: st
         return tuple(_squares.norms(leaves, plan, dtype))
     # Behind a barrier, for two passes that share the wide form of a leaf make XLA:CPU store it: twice the gradient for
     # bfloat16. The clip itself is one of them.
-    sizes = [_magnitude(x, dtype) for x in map(lax.optimization_barrier, leaves)]
+    apart = [lax.optimization_barrier(x) for x in leaves]
     if ord == 1:
-        return tuple(_reduce(sizes, plan, "sum"))
-    largest = _maxima(leaves, sizes, plan)
+        return tuple(_reduce([_magnitude(x, dtype) for x in apart], plan, "sum"))
+    maxima = _maxima(apart, plan, dtype)
     if ord == np.inf:
-        return tuple(largest)
-    safe = [shared(jnp.where((m > 0) & jnp.isfinite(m), m, 1)) for m in largest]
+        return tuple(maxima)
+    safe = [shared(jnp.where((m > 0) & jnp.isfinite(m), m, 1)) for m in maxima]
     tied = [lax.optimization_barrier((x, safe[g])) for x, g in zip(leaves, plan.group, strict=True)]
     powers = _reduce([over(_magnitude(x, dtype), m) ** ord for x, m in tied], plan, "sum")
-    return tuple(jnp.where(jnp.isfinite(m), m * s ** (1 / ord), m) for m, s in zip(largest, powers, strict=True))
+    return tuple(jnp.where(jnp.isfinite(m), m * s ** (1 / ord), m) for m, s in zip(maxima, powers, strict=True))
 
 
 @_norms.defjvp
@@ -133,22 +134,13 @@ def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
     return jnp.abs(x).astype(dtype) if jnp.iscomplexobj(x) else jnp.abs(x.astype(dtype))
 
 
-def _maxima(leaves: Sequence[jax.Array], sizes: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
+def _maxima(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array]:
     """The largest magnitude of each group; infinity for NaN, which XLA's maximum may drop, as no infinity is."""
-    if jax.default_backend() != "cpu" or _mesh.partitioned(leaves):
-        largest = shared(jnp.asarray(jnp.inf, sizes[0].dtype))
-        return _reduce([jnp.where(jnp.isnan(m), largest, m) for m in sizes], plan, "max")
-    # XLA:CPU makes a pass of its own of such a select, and a copy (133 ms for GPT-2 124M). A sum of squares keeps a NaN
-    # and runs at memory speed; so does the maximum of magnitudes, but in bfloat16 only that and the minimum as it is.
-    lost = [jnp.isnan(s) for s in _local([jnp.square(m) for m in sizes], plan, "sum")]
-    narrow = [x.dtype.itemsize < m.dtype.itemsize for x, m in zip(leaves, sizes, strict=True)]
-    ends = [x if cut else m for x, m, cut in zip(leaves, sizes, narrow, strict=True)]
-    high, low = (_local(ends, plan, op) for op in ("max", "min"))
-    largest = [
-        jnp.where(nan, jnp.inf, (jnp.maximum(a, -b) if cut else a).astype(m.dtype))
-        for nan, a, b, m, cut in zip(lost, high, low, sizes, narrow, strict=True)
-    ]
-    return _across(largest, plan, "max")
+    if jax.default_backend() == "cpu" and not _mesh.partitioned(leaves):
+        return in_shape(_across(*largest(leaves, plan, dtype), "max"), leaves, plan)
+    instead = shared(jnp.asarray(jnp.inf, dtype))
+    sizes = [_magnitude(x, dtype) for x in leaves]
+    return _reduce([jnp.where(jnp.isnan(m), instead, m) for m in sizes], plan, "max")
 
 
 def _reduce(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
@@ -159,7 +151,7 @@ def _reduce(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
 
 
 def _local(parts: Sequence[jax.Array], plan: Plan, op: str) -> list[jax.Array]:
-    reduce = {"sum": jnp.sum, "max": partial(jnp.max, initial=0), "min": partial(jnp.min, initial=0)}[op]
+    reduce = {"sum": jnp.sum, "max": partial(jnp.max, initial=0)}[op]
     return [reduce(x, axis=d, keepdims=d is not None) for x, d in zip(parts, plan.dims, strict=True)]
 
 

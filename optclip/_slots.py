@@ -76,6 +76,15 @@ def stacked(slots: list[Slot]) -> list[Slot]:
     ]
 
 
+def in_shape(sizes: Sequence[jax.Array], leaves: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
+    """The size of each group as `Plan.dims` of its leaves says: with ``keepdims``, or a scalar."""
+    made = list(sizes)
+    for x, dims, group in zip(leaves, plan.dims, plan.group, strict=True):
+        kept = [] if dims is None else [1 if axis in dims else n for axis, n in enumerate(x.shape)]
+        made[group] = jnp.reshape(made[group], kept)
+    return made
+
+
 def rows_of(x: jax.Array) -> tuple[int, ...]:
     """The axes of the rows of a large array, for sums in two steps; none of a small one, all of one without rows."""
     if x.size < SMALL:

@@ -21,7 +21,7 @@ from jax import lax
 from optclip import _mesh
 from optclip._at_once import sums_at_once
 from optclip._loop import norms_in_loops, sum_of_squares
-from optclip._slots import Plan, Slot, Sums, far_scale, lossless, slots_of, stacked
+from optclip._slots import Plan, Slot, Sums, far_scale, in_shape, lossless, slots_of, stacked
 from optclip._vectors import apart
 
 
@@ -40,10 +40,7 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
         sizes = {}
         for slot, size in zip(slots, norms_in_loops(slots, dtype, meshed), strict=True):
             sizes |= _by_group(slot.groups, size)
-    for x, dims, group in zip(leaves, plan.dims, plan.group, strict=True):
-        kept = [] if dims is None else [1 if axis in dims else n for axis, n in enumerate(x.shape)]
-        sizes[group] = jnp.reshape(sizes[group], kept)
-    return [size for _, size in sorted(sizes.items())]
+    return in_shape([size for _, size in sorted(sizes.items())], leaves, plan)
 
 
 def scaled_down(x: jax.Array, dtype: Any) -> jax.Array:

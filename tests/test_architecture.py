@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "optclip"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = [  # each may import from the floors before it, and from its own; methods not from each other
-    {"_at_once", "_checks", "_loop", "_mesh", "_numerics", "_slots", "_squares", "_transformation", "_vectors"},
+    {
+        "_at_once",
+        "_checks",
+        "_largest",
+        "_loop",
+        "_mesh",
+        "_numerics",
+        "_slots",
+        "_squares",
+        "_transformation",
+        "_vectors",
+    },
     {"measures", "responses", "sketch"},
     {"_rules", "_history", "_memories", "_course", "_elementwise", "_recorded", "selection"},
     {"_clip"},

@@ -78,11 +78,16 @@ def test_no_memory_beside_the_gradient():
 
 @one_pass
 @pytest.mark.parametrize(
-    "tx", [*(optclip.clip_by_global_norm(1.0, ord=p) for p in (1, 2, jnp.inf)), optclip.adaptive_grad_clip(0.01)]
+    ("tx", "beside"),  # the windows of the maximum are a 32nd of it, in 4 bytes
+    [
+        *((optclip.clip_by_global_norm(1.0, ord=p), 0.01) for p in (1, 2)),
+        (optclip.clip_by_global_norm(1.0, ord=jnp.inf), 1 / 16),
+        (optclip.adaptive_grad_clip(0.01), 0.01),
+    ],
 )
-def test_bfloat16_is_not_widened_in_memory(tx: Any):
+def test_bfloat16_is_not_widened_in_memory(tx: Any, beside: float):
     tree = in_dtype(jnp.bfloat16, gpt2(layers=3))
-    assert cost(tx, tree)["temp"] < 0.01 * size(tree)
+    assert cost(tx, tree)["temp"] <= 1.02 * beside * size(tree)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -153,11 +158,13 @@ def test_a_leaf_of_zeros_has_few_others_read_again():
     assert all(map(of, shapes)) and not any(of(a) & of(b) for a in shapes for b in shapes if a < b)
 
 
-@one_pass
-def test_the_maximum_norm_reads_the_gradient_twice():
-    tree = gpt2(layers=2)
-    program = jax.jit(partial(optclip.global_norm, ord=jnp.inf)).lower(tree).compile()
-    assert bytes_accessed(program) < 2.01 * size(tree)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("measure", [optclip.global_norm, optclip.measures.unit_norm])
+def test_the_maximum_norm_reads_the_gradient_once(measure: Any, dtype: Any):
+    tree = in_dtype(dtype, gpt2(layers=2, vocabulary=32 * 1571))  # as the rest of odd counts is counted as a whole
+    program = jax.jit(partial(measure, ord=jnp.inf)).lower(tree).compile()
+    assert bytes_accessed(program) < 1.21 * size(tree)
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * size(tree)
 
 
 def test_no_loop_over_leaves_is_one_kernel():
@@ -181,6 +188,7 @@ def test_a_turn_of_the_selection_stores_nothing():
     assert bytes_accessed(jax.jit(select).lower(window).compile()) <= 3.2 * size(window)
 
 
+@one_pass
 def test_fusions_grow_with_the_leaves():
     few, many = (cost(optclip.clip_by_global_norm(1.0), small(n))["fusions"] for n in (20, 120))
     assert many - few == 100

@@ -1,0 +1,67 @@
+"""On a CPU: the largest magnitude, NaN included, in one pass over the gradient.
+
+The maximum of XLA:CPU drops NaN, and a select that tells of one is a pass of its own and a copy. As integers, the bits
+of numbers >= 0 are in their order, and those of NaN come last. What XLA:CPU reduces it stores first where more than 32
+numbers make one, to do it in windows of 32; so windows of at most 32 are made here, of rows, for numbers side by side
+are compared at once. On the shapes of GPT-2 that is as fast as the Euclidean norm: 22 ms instead of 56 ms.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from optclip._slots import Plan, slots_of, stacked
+from optclip._vectors import apart, stack
+
+SIDE = 8  # numbers side by side
+WINDOW = 32
+
+
+def largest(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> tuple[list[jax.Array], Plan]:
+    """The largest magnitudes of parts of groups, infinity for NaN; and a plan that says of which groups."""
+    slots = slots_of(leaves, plan, meshed=False)
+    if not any(plan.mesh) and not any(slot.dims for slot in slots):
+        slots = stacked(slots)
+    parts, rows = [], []
+    for slot in slots:
+        tops = [_top(x, slot.dims, dtype) for x in slot.arrays]
+        top = lax.bitcast_convert_type(tops[0] if len(tops) == 1 else jnp.max(stack(tops)), dtype)
+        top = jnp.where(jnp.isnan(top), jnp.inf, top)
+        parts += [top] if len(slot.groups) == 1 else apart(jnp.ravel(top))
+        rows += [(slot.dims, group, slot.mesh) for group in slot.groups]
+    return parts, Plan(*zip(*rows, strict=True))
+
+
+def _top(x: jax.Array, dims: tuple[int, ...] | None, dtype: Any) -> jax.Array:
+    """The largest over ``dims``, or over all, as the bits of a number."""
+    ints = jnp.dtype(f"int{jnp.finfo(dtype).bits}")
+    signed = lax.bitcast_convert_type((jnp.abs(x) if jnp.iscomplexobj(x) else x).astype(dtype), ints)
+    bits = signed & jnp.asarray(jnp.iinfo(ints).max, ints)
+    if dims is None:
+        flat = jnp.ravel(bits)
+        whole = flat.size - flat.size % SIDE
+        tops = _columns(jnp.reshape(flat[:whole], (-1, SIDE)), dtype)
+        return jnp.max(jnp.concatenate([tops, flat[whole:]]), initial=0)
+    if dims != tuple(range(len(dims))):
+        return jnp.max(bits, dims, keepdims=True, initial=0)
+    kept = [1 if axis in dims else n for axis, n in enumerate(x.shape)]
+    rows = math.prod(x.shape[: len(dims)])
+    return jnp.reshape(_columns(jnp.reshape(bits, (rows, math.prod(kept))), dtype), kept)
+
+
+def _columns(bits: jax.Array, dtype: Any) -> jax.Array:
+    """The largest of each column of a matrix."""
+    rows = bits.shape[0]
+    window = min(WINDOW, (rows - 1) // WINDOW)  # more than 32 windows, for fewer are fused into what follows
+    if window > 1:
+        window = next((n for n in range(window, window // 2, -1) if rows % n == 0), window)
+        whole = rows - rows % window
+        windows = jnp.max(jnp.reshape(bits[:whole], (-1, window, bits.shape[1])), axis=1)
+        # As numbers and back, for of a maximum of maxima XLA makes one; jax 0.10 drops a barrier before it does.
+        numbers = lax.bitcast_convert_type(lax.optimization_barrier(windows), dtype)
+        bits = jnp.concatenate([lax.bitcast_convert_type(numbers, bits.dtype), bits[whole:]])
+    return jnp.max(bits, axis=0, initial=0)
