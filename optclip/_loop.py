@@ -1,6 +1,7 @@
 """On a CPU: one pass in the body of a loop that turns again, at another scale, where a sum was out of range."""
 
 import functools
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,6 +13,8 @@ from jax import lax
 from optclip import _mesh
 from optclip._slots import SMALL, Slot, far_scale, lossless, square
 from optclip._vectors import alike, pack
+
+ROWS, SIDE = 8, 32  # numbers added up, and numbers side by side; of more, jax 0.9 stores the wide form of bfloat16
 
 
 def norms_in_loops(slots: list[Slot], dtype: Any, meshed: bool) -> list[jax.Array]:
@@ -118,9 +121,38 @@ def sum_of_squares(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
     total: Any = None
     for x, k in zip(slot.arrays, scales, strict=True):
         each = square(x, dtype, k)
-        part = _short(each, jnp.sum) if slot.dims is None else jnp.sum(each, slot.dims, keepdims=True)
+        if _stored(x) and (slot.dims is None or slot.dims == tuple(range(len(slot.dims)))):
+            part = _sum_in_two_steps(each, slot.dims)
+        else:
+            part = _short(each, jnp.sum) if slot.dims is None else jnp.sum(each, slot.dims, keepdims=True)
         total = part if total is None else total + part
     return total
+
+
+def _stored(x: jax.Array) -> bool:
+    """Whether XLA:CPU, which has no library kernel for their sum, would store the squares of a large ``x``."""
+    library = jax.__version_info__ >= (0, 10) and x.dtype in (jnp.float32, jnp.float64, jnp.bfloat16)
+    return not library and x.size >= SMALL and not _mesh.partitioned([x])
+
+
+def _sum_in_two_steps(x: jax.Array, dims: tuple[int, ...] | None) -> jax.Array:
+    """The sum over all or the first axes; what is stored is an eighth of the numbers.
+
+    All squares of float16, in float32, are twice the gradient: a clip of GPT-2 takes 161 ms instead of 67 ms.
+    """
+    kept = [] if dims is None else [1 if axis in dims else n for axis, n in enumerate(x.shape)]
+    columns = SIDE if dims is None else math.prod(kept)
+    flat = jnp.ravel(x)
+    whole = flat.size - flat.size % (ROWS * columns)
+    blocks = jnp.reshape(flat[:whole], (-1, ROWS, columns))
+    added = functools.reduce(lax.add, (blocks[:, i] for i in range(ROWS)))
+    # As bits without a sign, for of a sum of sums XLA makes one; jax 0.10 drops a barrier before it does.
+    ints = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
+    bits = lax.bitcast_convert_type(added, ints) & jnp.asarray(jnp.iinfo(ints).max, ints)
+    added, rest = lax.optimization_barrier(lax.bitcast_convert_type(bits, x.dtype)), flat[whole:]
+    if dims is None:
+        return jnp.sum(added) + jnp.sum(rest)
+    return jnp.reshape(jnp.sum(added, 0) + jnp.sum(jnp.reshape(rest, (-1, columns)), 0), kept)
 
 
 def _short(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
