@@ -2,7 +2,7 @@
 
 Every public transformation of the table of cases that takes a plain gradient, on a transformer-like tree, jitted.
 
-Typical answer on a CPU: one size for all leaves costs what the static clip costs; a size per leaf up to 1.6 times that;
+Typical answer on a CPU: one size for all leaves costs what the static clip costs; a size per leaf up to 1.4 times that;
 a memory per element reads and writes that memory besides.
 
     python -m benchmarks.methods

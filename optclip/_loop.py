@@ -48,7 +48,7 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool, large: bool) -> list
             for slot, pairs in zip(slots, tied, strict=True)
         ]
 
-    # The first turn of large slots has a branch without the scale. Jax 0.9 stores the squares in both: nothing to gain.
+    # The first turn of large slots has a branch without the scale, for the library kernels, which jax 0.9 has not.
     branch = large and jax.__version_info__ >= (0, 10)
     # By turn: the scale, what it is undone by, and which norms n are kept: those with sign * n >= bound.
     table = jnp.asarray([[1, 1, 0, 1], [far, 1 / far, 1, low], [1 / far, far, -1, -high]], dtype)
