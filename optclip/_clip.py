@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
-from optclip._recorded import ClipStats, check_sizes
+from optclip._recorded import ClipStats, cast_tree, check_sizes, stats_after
 from optclip._rules import Threshold, fixed
 from optclip._transformation import transformation
 from optclip._vectors import apart, shared, stack
@@ -179,19 +179,3 @@ def _spread(name: str, prefix: Any, updates: Updates) -> list[Any]:
     except ValueError as error:
         trees = f"{jax.tree.structure(prefix)} for updates {jax.tree.structure(updates)}"
         raise ValueError(f"the {name} must be a prefix tree of the updates, got {trees}") from error
-
-
-def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStats | None:
-    """What is recorded, in the form in which it was before: a state that Flax restored, of a vmap, is not packed."""
-    if before is None:
-        return None
-    new = ClipStats(sizes, limits)
-    if jax.tree.structure(new) != jax.tree.structure(before):
-        new = ClipStats.tree_unflatten(None, (sizes, limits))
-    return cast_tree(new, before)
-
-
-def cast_tree(new: Any, old: Any) -> Any:
-    """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
-    _checks.check_fits("updates", new, old)
-    return jax.tree.map(lambda n, o: jnp.asarray(n).astype(jnp.result_type(o)), new, old)

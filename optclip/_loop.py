@@ -130,9 +130,12 @@ def sum_of_squares(slot: Slot, dtype: Any, scale: Any = None) -> jax.Array:
 
 
 def _stored(x: jax.Array) -> bool:
-    """Whether XLA:CPU, which has no library kernel for their sum, would store the squares of a large ``x``."""
+    """Whether XLA:CPU, for want of a library kernel for their sum, would store the squares of ``x``, and it is large.
+
+    Not where the compiler may partition ``x``, for its blocks would move.
+    """
     library = jax.__version_info__ >= (0, 10) and x.dtype in (jnp.float32, jnp.float64, jnp.bfloat16)
-    return not library and x.size >= SMALL and not _mesh.partitioned([x])
+    return not library and x.size >= SMALL and not _mesh.may_be_partitioned()
 
 
 def _sum_in_two_steps(x: jax.Array, dims: tuple[int, ...] | None) -> jax.Array:
@@ -146,7 +149,7 @@ def _sum_in_two_steps(x: jax.Array, dims: tuple[int, ...] | None) -> jax.Array:
     whole = flat.size - flat.size % (ROWS * columns)
     blocks = jnp.reshape(flat[:whole], (-1, ROWS, columns))
     added = functools.reduce(lax.add, (blocks[:, i] for i in range(ROWS)))
-    # As bits without a sign, for of a sum of sums XLA makes one; jax 0.10 drops a barrier before it does.
+    # As bits without a sign, or XLA makes one sum of both; jax 0.10 drops the barrier before it does.
     ints = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
     bits = lax.bitcast_convert_type(added, ints) & jnp.asarray(jnp.iinfo(ints).max, ints)
     added, rest = lax.optimization_barrier(lax.bitcast_convert_type(bits, x.dtype)), flat[whole:]

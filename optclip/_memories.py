@@ -40,7 +40,7 @@ def _in_blocks(values: jax.Array) -> jax.Array:
     """[..., n] as [..., blocks, BLOCK], filled up with infinities."""
     fill = [(0, 0)] * (values.ndim - 1) + [(0, -values.shape[-1] % BLOCK)]
     padded = jnp.pad(values, fill, constant_values=jnp.inf)
-    return jnp.reshape(padded, (*values.shape[:-1], -1, BLOCK))
+    return jnp.reshape(padded, (*values.shape[:-1], padded.shape[-1] // BLOCK, BLOCK))
 
 
 def _count(flags: jax.Array) -> jax.Array:
@@ -48,7 +48,7 @@ def _count(flags: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return jnp.sum(flags, (-2, -1), dtype=jnp.int32)
     # Block by block, and behind a barrier, for XLA:CPU counts along a row number by number, or stores its flags first.
-    return jnp.sum(lax.optimization_barrier(jnp.sum(flags, -2, dtype=jnp.int32)), -1)
+    return jnp.sum(lax.optimization_barrier(jnp.sum(flags, -2, dtype=jnp.int32)), -1, dtype=jnp.int32)
 
 
 @jax.custom_jvp

@@ -51,7 +51,7 @@ def partitioned(leaves: Iterable[Any]) -> bool:
 def may_be_partitioned() -> bool:
     """Whether the compiler might partition arrays, known or not: with several devices, but for a `shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
-    return jax.device_count() > 1 and (mesh.empty or _has_axes_to_partition(mesh))
+    return _has_axes_to_partition(mesh) or (jax.device_count() > 1 and mesh.empty)
 
 
 def _has_axes_to_partition(mesh: jax.sharding.AbstractMesh) -> bool:

@@ -80,13 +80,15 @@ def norms(leaves: Sequence[Any], plan: Plan, ord: float = 2.0) -> list[jax.Array
 
 @partial(jax.custom_jvp, nondiff_argnums=(1, 2))
 def _norms(leaves: tuple[jax.Array, ...], ord: float, plan: Plan) -> tuple[jax.Array, ...]:
-    return _measured(leaves, ord, plan, jax.default_backend())
+    return _measured(leaves, ord, plan, (jax.default_backend(), _mesh.may_be_partitioned()))
 
 
 # Under jit, so that equal shapes are traced once, and a call outside of jit does not compile its loop anew.
 @partial(jax.jit, static_argnums=(1, 2, 3), inline=True)
-def _measured(leaves: tuple[jax.Array, ...], ord: float, plan: Plan, backend: str) -> tuple[jax.Array, ...]:
-    del backend
+def _measured(
+    leaves: tuple[jax.Array, ...], ord: float, plan: Plan, machine: tuple[str, bool]
+) -> tuple[jax.Array, ...]:
+    del machine  # of which the program depends
     dtype = accumulator(*leaves)
     if ord == 2:
         return tuple(_squares.norms(leaves, plan, dtype))
@@ -136,7 +138,7 @@ def _magnitude(x: jax.Array, dtype: Any) -> jax.Array:
 
 def _maxima(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array]:
     """The largest magnitude of each group; infinity for NaN, which XLA's maximum may drop, as no infinity is."""
-    if jax.default_backend() == "cpu" and not _mesh.partitioned(leaves):
+    if jax.default_backend() == "cpu" and not _mesh.may_be_partitioned():
         return in_shape(_across(*largest(leaves, plan, dtype), "max"), leaves, plan)
     instead = shared(jnp.asarray(jnp.inf, dtype))
     sizes = [_magnitude(x, dtype) for x in leaves]

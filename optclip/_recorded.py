@@ -5,6 +5,7 @@ as long as the clip itself (9.9 ms instead of 5.0 ms for AdaGC); a checkpoint ha
 """
 
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from optclip import _mesh
 from optclip._checks import check_fits
 from optclip._vectors import stack
 from optclip.measures import Sizes
@@ -21,7 +23,7 @@ from optclip.measures import Sizes
 @partial(jax.tree_util.register_dataclass, data_fields=("numbers", "arrays"), meta_fields=("treedef", "single"))
 @dataclass(frozen=True)
 class Packed:
-    """A tree with its scalars as one vector; stacked by ``jax.vmap``, that is the last axis."""
+    """A tree with its scalars as one vector, which is the last axis also of states stacked along the first."""
 
     numbers: Any
     arrays: tuple[Any, ...]
@@ -38,7 +40,7 @@ class _Stats(NamedTuple):
 class ClipStats(_Stats):
     """What the last step measured and allowed, before the clip.
 
-    Several scalars are leaves of a state together, as one vector; attributes and items are the trees.
+    Several scalars are one leaf of a state, a vector; attributes and items are the trees.
 
     Attributes:
       sizes: the pre-clip sizes, a prefix tree of the updates, float32 (float64).
@@ -69,7 +71,11 @@ class ClipStats(_Stats):
         return (self.sizes, self.limits)[key]
 
     def __repr__(self) -> str:
-        return f"ClipStats(sizes={self.sizes!r}, limits={self.limits!r})"
+        sizes, limits = tuple.__iter__(self)
+        return f"ClipStats(sizes={sizes!r}, limits={limits!r})"
+
+    def __deepcopy__(self, memo: Any) -> Self:  # as it is; the constructor would not pack what a vmap stacked
+        return jax.tree.map(lambda x: deepcopy(x, memo), self)
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         keys = map(jax.tree_util.GetAttrKey, self._fields)
@@ -84,10 +90,31 @@ class ClipStats(_Stats):
 def check_sizes(sizes: Sizes, before: ClipStats) -> None:
     """Raises unless the sizes have the structure and shapes of those recorded before."""
     kept = tuple.__getitem__(before, 0)
-    if isinstance(kept, Packed):  # their shapes will do: nothing is taken apart
-        sizes = plain(sizes)
-        kept = _unpack(replace(kept, numbers=jax.ShapeDtypeStruct(kept.numbers.shape, kept.numbers.dtype)))
-    check_fits("updates", sizes, kept)
+    check_fits("updates", plain(sizes) if isinstance(kept, Packed) else sizes, _shapes(kept))
+
+
+def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStats | None:
+    """What is recorded, in the dtypes of what was before, and packed if that is, which states of a vmap may not be."""
+    if before is None:
+        return None
+    new = []
+    for tree, kept in zip((sizes, limits), tuple.__iter__(before), strict=True):
+        packed = isinstance(kept, Packed)
+        new.append(_pack(cast_tree(plain(tree), _shapes(kept)), always=True) if packed else cast_tree(tree, kept))
+    return ClipStats.tree_unflatten(None, new)
+
+
+def cast_tree(new: Any, old: Any) -> Any:
+    """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
+    check_fits("updates", new, old)
+    return jax.tree.map(lambda n, o: jnp.asarray(n).astype(jnp.result_type(o)), new, old)
+
+
+def _shapes(kept: Any) -> Any:
+    """The tree that is kept, or, where it is packed, its shapes: nothing is taken apart."""
+    if not isinstance(kept, Packed):
+        return kept
+    return _unpack(replace(kept, numbers=jax.ShapeDtypeStruct(kept.numbers.shape, kept.numbers.dtype)))
 
 
 def plain(tree: Any) -> Any:
@@ -96,17 +123,22 @@ def plain(tree: Any) -> Any:
     return treedef.unflatten([x.get_value() if hasattr(x, "get_value") else x for x in leaves])
 
 
-def _pack(tree: Any) -> Any:
+def _pack(tree: Any, always: bool = False) -> Any:
+    """The tree with its scalars in one vector, if there are several of one type, or ``always``."""
     leaves, treedef = jax.tree.flatten(plain(tree))
     single = tuple(getattr(x, "ndim", None) == 0 for x in leaves)
     scalars = [x for x, alone in zip(leaves, single, strict=True) if alone]
-    if len(scalars) < 2 or len({x.dtype for x in scalars}) > 1:
+    if not always and (len(scalars) < 2 or len({(x.dtype, _axes(x)) for x in scalars}) > 1):
         return tree
     if any(isinstance(x, jax.ShapeDtypeStruct) for x in scalars):
         numbers = jax.ShapeDtypeStruct((len(scalars),), scalars[0].dtype)
     else:
         numbers = stack(scalars) if any(isinstance(x, jax.Array) for x in scalars) else np.stack(scalars)
     return Packed(numbers, tuple(x for x, alone in zip(leaves, single, strict=True) if not alone), treedef, single)
+
+
+def _axes(x: Any) -> tuple[str, ...]:
+    return _mesh.varying_axes(x) if isinstance(x, jax.Array) else ()
 
 
 def _unpack(tree: Any) -> Any:
@@ -118,8 +150,10 @@ def _unpack(tree: Any) -> Any:
 
 def _apart(numbers: Any, n: int) -> list[Any]:
     """One for each scalar: its number or shape; what stands for all of them, such as a sharding, as it is."""
+    if not getattr(numbers, "ndim", 0):
+        return [numbers] * n
+    if numbers.shape[-1] != n:
+        raise ValueError(f"the last axis of a state holds {n} statistics, got one of shape {numbers.shape}")
     if isinstance(numbers, jax.ShapeDtypeStruct):
         return [jax.ShapeDtypeStruct(numbers.shape[:-1], numbers.dtype)] * n
-    if not hasattr(numbers, "ndim"):
-        return [numbers] * n
     return list((np if isinstance(numbers, np.ndarray) else jnp).moveaxis(numbers, -1, 0))

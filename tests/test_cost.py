@@ -17,6 +17,14 @@ from tests.meshes import devices
 # There nobody's norm is one pass: the clip of GPT-2 124M takes 1619 MB and Optax's 2489 MB, instead of 1494 MB.
 one_pass = pytest.mark.skipif(jax.__version_info__ < (0, 10), reason="XLA:CPU of jax 0.9 stores the squares it sums")
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts of XLA:CPU")
+
+
+@pytest.fixture(autouse=True)
+def _one_device(request: Any, monkeypatch: Any):
+    if "all_reduce" not in request.node.name:
+        monkeypatch.setattr(jax, "device_count", lambda: 1)
+
+
 Shape = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
 
 
@@ -225,6 +233,16 @@ def test_no_kernel_joins_all_leaves(tx: Any):
 @pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=["rows", "columns"])
 def test_one_all_reduce(n: int, spec: PartitionSpec):
     all_reduces(n, spec)
+
+
+@pytest.mark.parametrize(("dtype", "ord"), [(jnp.float32, jnp.inf), (jnp.float16, 2)])
+@pytest.mark.parametrize("spec", [PartitionSpec("x"), PartitionSpec(None, "x")], ids=["rows", "columns"])
+def test_all_reduces_alone_where_only_jit_is_told_of_shardings(dtype: Any, ord: float, spec: PartitionSpec):
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,), devices=devices(4))
+    program = jax.jit(partial(optclip.global_norm, ord=ord), in_shardings=NamedSharding(mesh, spec))
+    text = program.lower(jax.ShapeDtypeStruct((512, 1024), dtype)).compile().as_text()
+    assert " all-reduce" in text
+    assert not re.findall(r" (all-gather|all-to-all|collective-permute)(?:-start)?\(", text)
 
 
 @pytest.mark.slow

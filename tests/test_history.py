@@ -1,5 +1,6 @@
 """What rules with a history share: the words of feeding, warm-up, patience, the cap, schedules."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,3 +111,11 @@ def test_schedules_count_steps_also_those_that_feed_nothing():
 def test_bad_arguments_raise_at_construction(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_windows_count_in_int32():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        for tx in (optclip.autoclip(window=40), optclip.percentile_clipping(window=8)):
+            grads = {"a": jnp.ones(3, jnp.float32), "b": jnp.ones(4, jnp.float32)}
+            state = tx.init(grads)
+            chex.assert_trees_all_equal_shapes_and_dtypes(jax.jit(tx.update)(grads, state)[1], state)

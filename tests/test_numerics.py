@@ -212,3 +212,34 @@ def test_finite_tells_the_largest_number_from_infinity(dtype, shape):
             x = np.full(shape, top).astype(dtype)
             x.reshape(-1)[-1] = bad
             assert not look(x), bad
+
+
+SHAPES = [(), (1,), (31,), (33,), (1024,), (1025,), (4097,), (5003,), (70, 0), (0, 70), (97, 3), (4096, 2), (8, 33, 40)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"])
+def test_the_maximum_of_any_shape(dtype: str, backend: str):
+    rng = np.random.default_rng(0)
+    for shape in SHAPES:
+        x = jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32).astype(dtype)
+        wide = np.abs(np.asarray(x.astype(jnp.complex64)))
+        assert measures.global_norm(x, np.inf) == wide.max(initial=0), shape
+        for axes in [tuple(range(n)) for n in range(1, len(shape) + 1)] + [(-1,)] * (len(shape) > 0):
+            want = wide.max(axis=axes, keepdims=True, initial=0)
+            np.testing.assert_array_equal(measures.unit_norm(x, axis=axes, ord=np.inf), want, err_msg=f"{shape} {axes}")
+        for bad in (np.nan, -np.nan) if x.size else ():
+            lost = x.ravel().at[-1].set(bad).reshape(shape)
+            assert measures.global_norm(lost, np.inf) == np.inf, shape
+
+
+@pytest.mark.parametrize("dtype", ["float16", "complex64"])
+def test_sums_of_squares_in_two_steps(dtype: str, backend: str):
+    rng = np.random.default_rng(0)
+    rtol = 1e-6 if backend == "cpu" else 4e-6  # the other program adds up number by number here
+    for shape in [*SHAPES, (300, 33), (64, 64), (4099, 3), (20, 30, 40)]:
+        x = jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32).astype(dtype)
+        wide = np.abs(np.asarray(x.astype(jnp.complex64)).astype(np.complex128)) ** 2
+        np.testing.assert_allclose(measures.global_norm(x), np.sqrt(wide.sum()), rtol=rtol, err_msg=str(shape))
+        for axes in [tuple(range(n)) for n in range(1, len(shape) + 1)] + [(-1,)] * (len(shape) > 0):
+            want = np.sqrt(wide.sum(axis=axes, keepdims=True))
+            np.testing.assert_allclose(measures.unit_norm(x, axis=axes), want, rtol=rtol, err_msg=f"{shape} {axes}")

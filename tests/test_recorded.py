@@ -61,7 +61,7 @@ def test_statistics_are_read_as_trees():
     assert isinstance(sizes["dense"]["bias"], jax.Array) and sizes["dense"]["bias"].shape == ()
     assert_bits(stats._replace(limits=sizes).limits, sizes)
     assert_bits(optclip.ClipStats(sizes=sizes, limits=limits).sizes, sizes)
-    assert repr(stats).startswith("ClipStats(sizes={'dense': {'bias': Array(")
+    assert repr(stats).startswith("ClipStats(sizes=") and repr(jax.tree.map(jnp.sum, stats))
 
 
 def test_scalars_and_arrays_side_by_side():
@@ -80,6 +80,28 @@ def test_sizes_of_two_dtypes_keep_them():
         grads = {"a": jnp.ones(2), "b": jnp.ones(2, jnp.float32), "c": jnp.ones(3, jnp.float32)}
         sizes = per_leaf(grads, tx).stats.sizes
         assert [x.dtype for x in sizes.values()] == [jnp.float64, jnp.float32, jnp.float32]
+
+
+MEASURED = {
+    "of the dtype of each leaf": lambda tree: jax.tree.map(lambda x: jnp.max(jnp.abs(x)), tree),
+    "python": lambda tree: {k: 2.0 for k in tree},
+    "numpy": lambda tree: {k: np.float32(i) if i else jnp.ones(()) for i, k in enumerate(tree)},
+}
+
+
+@pytest.mark.parametrize("measure", list(MEASURED.values()), ids=list(MEASURED))
+def test_a_state_keeps_its_form_whatever_is_measured(measure):
+    grads = {"a": jnp.ones(3), "b": jnp.ones(4), "c": jnp.ones(2)}
+    tx = optclip.clip_by(measure, 1.0)
+    state = tx.init(grads)
+    for step in (grads, grads | {"b": jnp.ones(4, jnp.bfloat16)}):
+        chex.assert_trees_all_equal_shapes_and_dtypes(tx.update(step, state)[1], state)
+
+
+def test_a_state_stacked_along_another_axis_is_no_tree_of_leaves():
+    states = [per_leaf(g).stats for g in GRADS[:3]]
+    with pytest.raises(ValueError, match=r"last axis of a state holds 4 statistics, got one of shape \(4, 3\)"):
+        jax.tree.map(lambda *x: jnp.stack(x, -1), *states).sizes  # noqa: B018
 
 
 def test_a_state_is_a_pytree_like_any_other():
@@ -128,6 +150,11 @@ def ways():
     yield "flax", lambda x, like: flax.serialization.from_bytes(like, flax.serialization.to_bytes(x))
     yield "pickle", lambda x, like: pickle.loads(pickle.dumps(jax.device_get(x)))
     yield "copy", lambda x, like: copy.deepcopy(copy.copy(x))
+
+
+def test_a_copy_of_a_vmapped_state_has_its_structure():
+    state = stacked()[2]
+    assert jax.tree.structure(copy.deepcopy(state)) == jax.tree.structure(state)
 
 
 @pytest.mark.parametrize(("name", "through"), list(ways()), ids=lambda x: x if isinstance(x, str) else "")
