@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optclip import _mesh
-from optclip._slots import Slot, Sums, far_scale, rows_of, square
+from optclip._slots import Slot, Sums, far_scale, leading, rows_of, square
 from optclip._vectors import alike, concatenate, stack
 
 Three = Sequence[jax.Array]  # at the scales 2^-88, 1 and 2^88 (of float32)
@@ -73,7 +73,7 @@ def _sums_of_parts(parts: list[tuple[Slot, Three]]) -> list[Sums]:
 def _columns(slot: Slot) -> bool:
     """Whether the slot has the sums of the columns of a matrix, once its first axes are taken as one."""
     axes, shape = len(slot.dims or ()), slot.arrays[0].shape
-    return axes > 0 and slot.dims == tuple(range(axes)) and math.prod(shape[axes:]) >= WARP
+    return axes > 0 and leading(slot.dims or ()) and math.prod(shape[axes:]) >= WARP
 
 
 def _squares(arrays: list[jax.Array], dtype: Any) -> Iterator[Three]:

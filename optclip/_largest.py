@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optclip._slots import Plan, slots_of, stacked
-from optclip._vectors import apart, stack
+from optclip._slots import Plan, bits_without_sign, by_group, kept_shape, leading, slots_of, stacked
+from optclip._vectors import stack
 
 SIDE = 8  # numbers side by side
 WINDOW = 32
@@ -32,24 +32,23 @@ def largest(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> tuple[list[j
         tops = [_top(x, slot.dims, dtype) for x in slot.arrays]
         top = lax.bitcast_convert_type(tops[0] if len(tops) == 1 else jnp.max(stack(tops)), dtype)
         top = jnp.where(jnp.isnan(top), jnp.inf, top)
-        parts += [top] if len(slot.groups) == 1 else apart(jnp.ravel(top))
-        rows += [(slot.dims, group, slot.mesh) for group in slot.groups]
+        for group, part in by_group(slot.groups, top).items():
+            parts.append(part)
+            rows.append((slot.dims, group, slot.mesh))
     return parts, Plan(*zip(*rows, strict=True))
 
 
 def _top(x: jax.Array, dims: tuple[int, ...] | None, dtype: Any) -> jax.Array:
     """The largest over ``dims``, or over all, as the bits of a number."""
-    ints = jnp.dtype(f"int{jnp.finfo(dtype).bits}")
-    signed = lax.bitcast_convert_type((jnp.abs(x) if jnp.iscomplexobj(x) else x).astype(dtype), ints)
-    bits = signed & jnp.asarray(jnp.iinfo(ints).max, ints)
+    bits = bits_without_sign((jnp.abs(x) if jnp.iscomplexobj(x) else x).astype(dtype))
     if dims is None:
         flat = jnp.ravel(bits)
         whole = flat.size - flat.size % SIDE
         tops = _columns(jnp.reshape(flat[:whole], (-1, SIDE)), dtype)
         return jnp.max(jnp.concatenate([tops, flat[whole:]]), initial=0)
-    if dims != tuple(range(len(dims))):
+    if not leading(dims):
         return jnp.max(bits, dims, keepdims=True, initial=0)
-    kept = [1 if axis in dims else n for axis, n in enumerate(x.shape)]
+    kept = kept_shape(x, dims)
     rows = math.prod(x.shape[: len(dims)])
     return jnp.reshape(_columns(jnp.reshape(bits, (rows, math.prod(kept))), dtype), kept)
 

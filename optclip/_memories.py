@@ -89,6 +89,7 @@ def percentile_of(window: Window, percent: Any) -> jax.Array:
     below = jnp.where(n > 0, smallest(window, index), 0)  # infinity less infinity would be NaN
     further = window.values > below[..., None]
     above = jnp.min(jnp.where(further, window.values, jnp.inf), axis=-1)
+    # The next is as large, or there is none.
     same = (_count(_in_blocks(window.values) <= below[..., None, None]) > index + 1) | (index + 1 >= n)
     return jnp.where(n > 0, below + part * (jnp.where(same, below, above) - below), jnp.inf)
 

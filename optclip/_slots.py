@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from optclip import _mesh
-from optclip._vectors import alike
+from optclip._vectors import alike, apart
 
 # Leaves below so many elements are packed. Alone, each takes XLA:CPU three fusions; from here on, one.
 SMALL = 4096
@@ -76,13 +77,39 @@ def stacked(slots: list[Slot]) -> list[Slot]:
     ]
 
 
+def by_group(groups: tuple[int, ...], sizes: jax.Array) -> dict[int, jax.Array]:
+    """Of several groups each has its row."""
+    if len(groups) == 1:
+        rows = [sizes]
+    elif sizes.size == len(groups):
+        rows = apart(jnp.ravel(sizes))
+    else:
+        rows = lax.split(sizes, (1,) * len(groups))
+    return dict(zip(groups, rows, strict=True))
+
+
 def in_shape(sizes: Sequence[jax.Array], leaves: Sequence[jax.Array], plan: Plan) -> list[jax.Array]:
     """The size of each group as `Plan.dims` of its leaves says: with ``keepdims``, or a scalar."""
     made = list(sizes)
     for x, dims, group in zip(leaves, plan.dims, plan.group, strict=True):
-        kept = [] if dims is None else [1 if axis in dims else n for axis, n in enumerate(x.shape)]
-        made[group] = jnp.reshape(made[group], kept)
+        made[group] = jnp.reshape(made[group], kept_shape(x, dims))
     return made
+
+
+def kept_shape(x: jax.Array, dims: tuple[int, ...] | None) -> list[int]:
+    """The shape of ``x`` reduced over ``dims`` with ``keepdims``, or of a scalar."""
+    return [] if dims is None else [1 if axis in dims else n for axis, n in enumerate(x.shape)]
+
+
+def leading(dims: tuple[int, ...]) -> bool:
+    """Whether these are the first axes: taken as one, what is reduced are the columns of a matrix."""
+    return dims == tuple(range(len(dims)))
+
+
+def bits_without_sign(x: jax.Array) -> jax.Array:
+    """The bits of each magnitude, as integers: in the order of the magnitudes, those of NaN last."""
+    ints = jnp.dtype(f"int{jnp.finfo(x.dtype).bits}")
+    return lax.bitcast_convert_type(x, ints) & jnp.asarray(jnp.iinfo(ints).max, ints)
 
 
 def rows_of(x: jax.Array) -> tuple[int, ...]:

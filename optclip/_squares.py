@@ -21,8 +21,7 @@ from jax import lax
 from optclip import _mesh
 from optclip._at_once import sums_at_once
 from optclip._loop import norms_in_loops, sum_of_squares
-from optclip._slots import Plan, Slot, Sums, far_scale, in_shape, lossless, slots_of, stacked
-from optclip._vectors import apart
+from optclip._slots import Plan, Slot, Sums, by_group, far_scale, in_shape, lossless, slots_of, stacked
 
 
 def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array]:
@@ -39,7 +38,7 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
         slots = slots if meshed or any(slot.dims for slot in slots) else stacked(slots)
         sizes = {}
         for slot, size in zip(slots, norms_in_loops(slots, dtype, meshed), strict=True):
-            sizes |= _by_group(slot.groups, size)
+            sizes |= by_group(slot.groups, size)
     return in_shape([size for _, size in sorted(sizes.items())], leaves, plan)
 
 
@@ -75,16 +74,5 @@ def _across(sums: list[Sums]) -> dict[int, jax.Array]:
         (low, high), far = lossless(middle.dtype), far_scale(middle.dtype)
         size = jnp.sqrt(jnp.where(middle < low, up, jnp.where(middle <= high, middle, down)))
         scale = jnp.where(middle < low, 1 / far, jnp.where(middle <= high, 1, far)).astype(size.dtype)
-        sizes |= _by_group(groups, size * scale)
+        sizes |= by_group(groups, size * scale)
     return sizes
-
-
-def _by_group(groups: tuple[int, ...], sizes: jax.Array) -> dict[int, jax.Array]:
-    """Of several groups each has its row."""
-    if len(groups) == 1:
-        rows = [sizes]
-    elif sizes.size == len(groups):
-        rows = apart(jnp.ravel(sizes))
-    else:
-        rows = lax.split(sizes, (1,) * len(groups))
-    return dict(zip(groups, rows, strict=True))

@@ -110,9 +110,9 @@ def _skips(state: SkipState | SpikeState) -> dict[str, Any]:
     said = {"skipped": (consecutive > 0).astype(jnp.float32), "consecutive": consecutive, "total": total}
     if isinstance(state, SpikeState):
         for judge, size, limit in (state.norm, "norm", "limit"), (state.loss, "loss", "max_loss"):
-            sizes, limits = _flat(rows(judge)) if judge else (jnp.zeros(0), jnp.zeros(0))
-            if sizes.size:
-                said |= {size: sizes[jnp.argmax(sizes)], limit: limits[jnp.argmax(sizes)]}
+            judged = _said(plain(judge.stats)) if judge else {}
+            if judged:
+                said |= {size: judged["preclip_norm"], limit: judged["limit"]}
     return said
 
 

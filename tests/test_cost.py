@@ -201,7 +201,6 @@ def test_per_leaf_rules_cost_no_more_than_the_static_clip(tx: Any):
 
 
 @one_pass
-@one_pass
 def test_a_turn_of_the_selection_stores_nothing():
     window = jax.ShapeDtypeStruct((148, 1000), jnp.float32)
     select = lambda values: smallest(Window(values), jnp.full(148, 100))
