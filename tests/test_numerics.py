@@ -217,29 +217,52 @@ def test_finite_tells_the_largest_number_from_infinity(dtype, shape):
 SHAPES = [(), (1,), (31,), (33,), (1024,), (1025,), (4097,), (5003,), (70, 0), (0, 70), (97, 3), (4096, 2), (8, 33, 40)]
 
 
+def every_axes(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """The first axes, one or more, and the last."""
+    return [tuple(range(n)) for n in range(1, len(shape) + 1)] + [(-1,)] * (len(shape) > 0)
+
+
+def sizes_of(x: jax.Array, ord: float) -> list[jax.Array]:
+    """The norm of all, and the norms over `every_axes`, from one program."""
+    units = lambda x: [measures.unit_norm(x, axis, ord) for axis in every_axes(x.shape)]
+    return jax.jit(lambda x: [measures.global_norm(x, ord), *units(x)])(x)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "complex64"])
 def test_the_maximum_of_any_shape(dtype: str, backend: str):
     rng = np.random.default_rng(0)
     for shape in SHAPES:
         x = jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32).astype(dtype)
         wide = np.abs(np.asarray(x.astype(jnp.complex64)))
-        assert measures.global_norm(x, np.inf) == wide.max(initial=0), shape
-        for axes in [tuple(range(n)) for n in range(1, len(shape) + 1)] + [(-1,)] * (len(shape) > 0):
+        whole, *units = sizes_of(x, np.inf)
+        assert whole == wide.max(initial=0), shape
+        for axes, got in zip(every_axes(shape), units, strict=True):
             want = wide.max(axis=axes, keepdims=True, initial=0)
-            np.testing.assert_array_equal(measures.unit_norm(x, axis=axes, ord=np.inf), want, err_msg=f"{shape} {axes}")
+            np.testing.assert_array_equal(got, want, err_msg=f"{shape} {axes}")
         for bad in (np.nan, -np.nan) if x.size else ():
             lost = x.ravel().at[-1].set(bad).reshape(shape)
             assert measures.global_norm(lost, np.inf) == np.inf, shape
 
 
 @pytest.mark.parametrize("dtype", ["float16", "complex64"])
+@pytest.mark.parametrize("backend", ["cpu"], indirect=True)
 def test_sums_of_squares_in_two_steps(dtype: str, backend: str):
     rng = np.random.default_rng(0)
-    rtol = 1e-6 if backend == "cpu" else 4e-6  # the other program adds up number by number here
     for shape in [*SHAPES, (300, 33), (64, 64), (4099, 3), (20, 30, 40)]:
         x = jnp.asarray(rng.uniform(-1, 1, shape), jnp.float32).astype(dtype)
         wide = np.abs(np.asarray(x.astype(jnp.complex64)).astype(np.complex128)) ** 2
-        np.testing.assert_allclose(measures.global_norm(x), np.sqrt(wide.sum()), rtol=rtol, err_msg=str(shape))
-        for axes in [tuple(range(n)) for n in range(1, len(shape) + 1)] + [(-1,)] * (len(shape) > 0):
+        whole, *units = sizes_of(x, 2)
+        np.testing.assert_allclose(whole, np.sqrt(wide.sum()), rtol=1e-6, err_msg=str(shape))
+        for axes, got in zip(every_axes(shape), units, strict=True):
             want = np.sqrt(wide.sum(axis=axes, keepdims=True))
-            np.testing.assert_allclose(measures.unit_norm(x, axis=axes), want, rtol=rtol, err_msg=f"{shape} {axes}")
+            np.testing.assert_allclose(got, want, rtol=1e-6, err_msg=f"{shape} {axes}")
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_units_beside_small_vectors_of_any_length(scale: float, backend: str):
+    rng = np.random.default_rng(0)
+    shapes = [(n,) for n in (0, 1, 31, 32, 33, 768, 1000, 1024, 1025, 2304, 3071, 4095)] + [(), (5, 7)]
+    tree = [(rng.uniform(-1, 1, shape) * scale).astype(np.float32) for shape in shapes]
+    for x, size in zip(tree, jax.jit(measures.unit_norm)(tree), strict=True):
+        wide = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=0 if x.ndim else None, keepdims=True))
+        np.testing.assert_allclose(size, wide, rtol=1e-6, err_msg=str(x.shape))
