@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optclip import _checks, _mesh, _numerics
@@ -64,7 +65,12 @@ def scheduled(limit: Any) -> Threshold:
 
 def resolve(value: Any, count: Any) -> Any:
     """The value of a schedule at ``count``, or the value itself."""
-    return value(count) if callable(value) else value
+    if not callable(value):
+        return value
+    now = value(count)
+    if not isinstance(now, (int, float, np.number, np.ndarray, jax.Array)):
+        raise TypeError(f"a schedule must return a number, got {now!r} from {value!r}")
+    return now
 
 
 def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -> Threshold:

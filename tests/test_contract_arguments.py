@@ -140,3 +140,10 @@ def test_a_limit_has_the_shape_of_its_size_and_a_place_in_the_tree():
 
 def test_every_transformation_has_a_row():
     assert {case.public for case in CASES} - FREE == set(WRONG)
+
+
+@pytest.mark.parametrize("value", [None, "1.0", [1.0]])
+def test_a_schedule_returns_a_number(value):
+    tx, tree = optclip.clip_by_global_norm(lambda count: value), {"w": jnp.ones(3)}
+    with pytest.raises(TypeError, match=r"^a schedule must return a number, got "):
+        tx.update(tree, tx.init(tree))
