@@ -51,8 +51,8 @@ def pack(leaves: list[Any]) -> tuple[list[jax.Array], Callable[[list[jax.Array]]
 
 
 @jax.custom_jvp
-def apart(vector: jax.Array) -> list[jax.Array]:
-    """The numbers of a vector, each as a scalar.
+def apart(array: jax.Array) -> list[jax.Array]:
+    """The numbers of a vector, each as a scalar; the rows of an array.
 
     XLA:CPU fuses a vector into all that reads a part of it, computes it again in each, and compiles each anew, for the
     constant place of the part: AdaGC on 100 leaves made 300 kernels of 60 operations, 6 s. It does not look through a
@@ -60,9 +60,11 @@ def apart(vector: jax.Array) -> list[jax.Array]:
     XLA:GPU makes a kernel of each slice, but one for a hundred of them at places that are read from one array.
     """
     if jax.default_backend() != "cpu":
-        places = _split(lax.optimization_barrier(jnp.arange(vector.size, dtype=jnp.uint32)))
-        return [lax.reshape(lax.dynamic_slice(vector, [i], [1]), ()) for i in places]
-    return _numbers(vector)
+        if array.ndim > 1:
+            return _split(array)
+        places = _split(lax.optimization_barrier(jnp.arange(array.size, dtype=jnp.uint32)))
+        return [lax.reshape(lax.dynamic_slice(array, [i], [1]), ()) for i in places]
+    return _rows(array)
 
 
 def shared(number: Any) -> Any:
@@ -77,20 +79,23 @@ def shared(number: Any) -> Any:
 
 
 @partial(jax.jit, inline=True)  # compiled once, where a clip is not: a loop is else compiled anew by each call
-def _numbers(vector: jax.Array) -> list[jax.Array]:
+def _rows(array: jax.Array) -> list[jax.Array]:
     # A place is a row and a column, for a loop that carried a thousand would be slow to compile itself.
-    width = math.isqrt(vector.size)
-    table = jnp.reshape(jnp.pad(vector, (0, -vector.size % width)), (-1, width))
-    rows, columns = ([jnp.uint32(i) for i in range(n)] for n in table.shape)
-    never = lambda carry: (carry[0][0, 0] < 0) & (carry[0][0, 0] >= 0)
+    n, width = len(array), math.isqrt(len(array))
+    padded = jnp.pad(array, [(0, -n % width)] + [(0, 0)] * (array.ndim - 1))
+    table = jnp.reshape(padded, (-1, width, *array.shape[1:]))
+    rows, columns = ([jnp.uint32(i) for i in range(length)] for length in table.shape[:2])
+    first = lambda carry: lax.reshape(lax.slice(carry[0], [0] * table.ndim, [1] * table.ndim), ())
+    never = lambda carry: (first(carry) < 0) & (first(carry) >= 0)
     turn = lambda carry: (carry[0] + 1, carry[1][1:] + carry[1][:1], carry[2][1:] + carry[2][:1])
     table, rows, columns = lax.while_loop(never, turn, (table, rows, columns))
-    return [_number(table, rows[i // width], columns[i % width]) for i in range(vector.size)]
+    return [_row(table, rows[i // width], columns[i % width]) for i in range(n)]
 
 
 @partial(jax.jit, inline=True)  # traced once
-def _number(table: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
-    return lax.reshape(lax.dynamic_slice(table, [row, column], [1, 1]), ())
+def _row(table: jax.Array, row: jax.Array, column: jax.Array) -> jax.Array:
+    shape, none = table.shape[2:], jnp.uint32(0)
+    return lax.reshape(lax.dynamic_slice(table, [row, column] + [none] * len(shape), (1, 1, *shape)), shape)
 
 
 @apart.defjvp
@@ -98,5 +103,5 @@ def _apart_jvp(primals: Any, tangents: Any) -> Any:
     return apart(*primals), _split(*tangents)
 
 
-def _split(vector: jax.Array) -> list[jax.Array]:
-    return [jnp.reshape(x, ()) for x in lax.split(vector, [1] * vector.size)]
+def _split(array: jax.Array) -> list[jax.Array]:
+    return [jnp.reshape(x, array.shape[1:]) for x in lax.split(array, [1] * len(array))]

@@ -266,3 +266,14 @@ def test_units_beside_small_vectors_of_any_length(scale: float, backend: str):
     for x, size in zip(tree, jax.jit(measures.unit_norm)(tree), strict=True):
         wide = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=0 if x.ndim else None, keepdims=True))
         np.testing.assert_allclose(size, wide, rtol=1e-6, err_msg=str(x.shape))
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1, (), (0, 2)])
+@pytest.mark.parametrize("scale", [1.0, 1e25, 1e-25])
+def test_units_of_many_small_leaves(scale: float, axis: Any, backend: str):
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5, 2), (4, 4, 4), (3, 5, 2), (0, 3, 2), (3, 0, 2), (3, 0, 2), (0, 3, 2), (16, 16, 16), (3, 5, 2)] * 3
+    tree = [(rng.uniform(-1, 1, shape) * scale).astype(np.float32) for shape in shapes]
+    for x, size in zip(tree, jax.jit(lambda tree: measures.unit_norm(tree, axis))(tree), strict=True):
+        wide = np.sqrt(np.sum(np.square(x, dtype=np.float64), axis=0 if axis is None else axis, keepdims=True))
+        np.testing.assert_allclose(size, wide, rtol=1e-6, err_msg=str(x.shape))
