@@ -35,7 +35,9 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
     elif manual:
         sizes = _across(_local_sums(slots, dtype))
     else:
-        slots = slots if meshed else stacked(slots, units=any(slot.dims is not None for slot in slots))
+        units = any(slot.dims is not None for slot in slots)
+        if not meshed and not (units and _mesh.may_be_partitioned()):  # their shards would move
+            slots = stacked(slots, units)
         sizes = {}
         for slot, size in zip(slots, norms_in_loops(slots, dtype, meshed), strict=True):
             sizes |= by_group(slot.groups, size)

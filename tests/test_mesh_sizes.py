@@ -249,3 +249,13 @@ def test_decisions_and_averages():
         assert bool(some) and not bool(none) and float(mean) == 1.5
         np.testing.assert_array_equal(own, [False, False, False, True])
     assert bool(_mesh.agree(jnp.asarray(True))) and float(_mesh.average(jnp.float32(3))) == 3
+
+
+def test_units_of_small_leaves_move_no_shards():
+    """Where ``in_shardings`` alone says how leaves are sharded, what types do not tell."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("d",))
+    columns = [NamedSharding(mesh, P(None, "d"))] * 6
+    tree = [jax.ShapeDtypeStruct((64, 32), jnp.float32)] * 6
+    sizes = jax.jit(measures.unit_norm, in_shardings=(columns,), out_shardings=columns)
+    text = sizes.lower(tree).compile().as_text()
+    assert not [move for move in ("all-gather", "all-to-all", "collective-permute") if f" {move}(" in text]
