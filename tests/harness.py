@@ -22,9 +22,9 @@ def row(*values: Any, ordinary: bool, id: str | None = None) -> Any:
     return pytest.param(*values, id=id, marks=() if ordinary else pytest.mark.slow)
 
 
-def half_of_the_cases(turn: int) -> Any:
-    """Parametrizes over every second case; the others are part of the slow run."""
-    rows = [row(case, ordinary=i % 2 == turn) for i, case in enumerate(CASES)]
+def some_of_the_cases(turn: int, of: int = 2) -> Any:
+    """Parametrizes over every second case, or of so many each one; the others are part of the slow run."""
+    rows = [row(case, ordinary=i % of == turn) for i, case in enumerate(CASES)]
     return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.cases import GRADS, PARAMS
-from tests.harness import assert_close, avals, each_case, half_of_the_cases, halves, standard_run, total
+from tests.harness import assert_close, avals, each_case, halves, some_of_the_cases, standard_run, total
 
 COMPILED = []  # an event for each program
 
@@ -16,7 +16,7 @@ def _compiled(event, *_, **__):
         COMPILED.append(event)
 
 
-@half_of_the_cases(0)
+@some_of_the_cases(0, of=4)
 def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
     mixed = lambda tree: {**halves(tree), "full": tree["dense"]}
     grads, params = mixed(GRADS[0]), mixed(PARAMS)
@@ -72,7 +72,7 @@ def test_a_step_outside_of_jit_compiles_once_and_forms_no_nan(case):
     assert len(COMPILED) == before
 
 
-@each_case
+@some_of_the_cases(1)
 def test_without_jit(case):
     tx = case.make()
     with jax.disable_jit():

@@ -21,9 +21,9 @@ from tests.harness import (
     cases,
     each_case,
     finite,
-    half_of_the_cases,
     limit_value,
     run,
+    some_of_the_cases,
     standard_run,
 )
 
@@ -46,7 +46,7 @@ def test_chains_and_names_change_nothing(case):
     assert set(optclip.summary(state)) == {key.replace("/", "/clipper/", 1) for key in keys}
 
 
-@half_of_the_cases(0)
+@some_of_the_cases(0)
 def test_masks_groups_and_conditions(case):
     alone, _ = two_steps_of_dense(case)
     masked, _ = two_steps(optax.masked(case.make(), MASK))
@@ -68,7 +68,7 @@ def two_steps_of_dense(case):
     return [update["dense"] for update in updates], states[-1]
 
 
-@half_of_the_cases(1)
+@some_of_the_cases(1)
 def test_accumulation_and_finiteness_guards(case):
     steps = optax.MultiSteps(case.make(), 2)
     guarded = optax.apply_if_finite(case.make(), 3)
