@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from optclip import _checks, _mesh, _numerics
@@ -68,7 +67,7 @@ def resolve(value: Any, count: Any) -> Any:
     if not callable(value):
         return value
     now = value(count)
-    if not isinstance(now, (int, float, np.number, np.ndarray, jax.Array)):
+    if not (isinstance(now, (int, float)) or hasattr(now, "dtype") or hasattr(now, "__jax_array__")):
         raise TypeError(f"a schedule must return a number, got {now!r} from {value!r}")
     return now
 

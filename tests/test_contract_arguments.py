@@ -147,3 +147,11 @@ def test_a_schedule_returns_a_number(value):
     tx, tree = optclip.clip_by_global_norm(lambda count: value), {"w": jnp.ones(3)}
     with pytest.raises(TypeError, match=r"^a schedule must return a number, got "):
         tx.update(tree, tx.init(tree))
+
+
+@pytest.mark.parametrize(
+    "value", [1, 1.0, np.float16(1), jnp.bfloat16(1), np.asarray(1, jnp.bfloat16)[()], jnp.ones(())]
+)
+def test_a_schedule_returns_any_number(value):
+    tx, tree = optclip.clip_by_global_norm(lambda count: value), {"w": jnp.full(4, 2.0)}
+    np.testing.assert_allclose(tx.update(tree, tx.init(tree))[0]["w"], 0.5)
