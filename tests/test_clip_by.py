@@ -31,11 +31,18 @@ def test_a_named_method_is_what_a_user_could_write(name):
     assert_close(update, jax.tree.map(lambda g, s: oracles.rescale(g, s, 0.3), GRADS[0], wide), rtol=1e-6)
 
 
-@pytest.mark.parametrize(("measure", "rule"), list(itertools.product(MEASURES, ["fixed", "ratio", "history"])))
+@pytest.mark.parametrize(
+    ("measure", "rule"), list(itertools.product(MEASURES, ["fixed", "ratio", "history", "window"]))
+)
 def test_every_rule_works_at_every_scope(measure, rule):
     how = getattr(measures, measure)
-    rules = {"fixed": 0.3, "ratio": thresholds.param_ratio(0.1, how), "history": thresholds.ema_ratio(1.2, warmup=1)}
-    tx = optclip.clip_by(how, rules[rule])
+    rules = {
+        "fixed": lambda: 0.3,
+        "ratio": lambda: thresholds.param_ratio(0.1, how),
+        "history": lambda: thresholds.ema_ratio(1.2, warmup=1),
+        "window": lambda: thresholds.percentile(50.0, window=5),
+    }
+    tx = optclip.clip_by(how, rules[rule]())
     state = tx.init(PARAMS)
     update, after = tx.update(GRADS[0], state, PARAMS)
     assert avals(after) == avals(state) and avals(update) == avals(GRADS[0]) and finite(update)

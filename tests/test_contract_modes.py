@@ -16,7 +16,7 @@ def _compiled(event, *_, **__):
         COMPILED.append(event)
 
 
-@some_of_the_cases(0, of=4)
+@some_of_the_cases(0, of=6)
 def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
     mixed = lambda tree: {**halves(tree), "full": tree["dense"]}
     grads, params = mixed(GRADS[0]), mixed(PARAMS)
@@ -35,7 +35,7 @@ def test_strict_promotion_ranks_leaks_and_nan_checks_on_mixed_trees(case):
     assert avals(after) == avals(state)
 
 
-@each_case
+@some_of_the_cases(0)
 def test_under_x64_float32_stays_float32(case):
     with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
         tx = case.make()

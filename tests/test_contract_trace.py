@@ -14,6 +14,7 @@ from tests.harness import (
     each_case,
     finite,
     limit_value,
+    some_of_the_cases,
     standard_run,
     total,
 )
@@ -87,7 +88,7 @@ def test_vmap_is_a_loop(case):
         assert_close(jax.tree.map(lambda x, i=i: x[i], after), states[step], rtol=1e-5)
 
 
-@each_case
+@some_of_the_cases(1)
 def test_cond_checkpoint_and_gradients_in_a_donated_program(case):
     tx = case.make()
 
