@@ -91,7 +91,10 @@ def check_ord(call: str, ord: Any) -> float:
     """The order of a norm as a Python float > 0; it decides what is computed, so it cannot be traced."""
     if isinstance(ord, Tracer):
         raise TypeError(f"{call}: ord must be a number, not traced; in optax.inject_hyperparams, static_args='ord'")
-    ord = float(ord) if isinstance(ord, jax.Array) and ord.ndim == 0 else ord
+    if (isinstance(ord, jax.Array) and ord.ndim == 0) or (
+        isinstance(ord, str) and ord == "inf"
+    ):  # as PyTorch spells it
+        ord = float(ord)
     check(call, "ord", ord, lambda p: p > 0, "> 0, a number or infinity")
     return float(ord)
 
@@ -105,7 +108,11 @@ def check_fits(what: str, new: Any, old: Any) -> None:
         raise ValueError(f"the {what} do not fit the state, which init made for other ones: got {got}, had {had}")
 
 
-def check_params(call: str, params: Any, why: str) -> None:
-    """Raises if ``params`` was not passed to ``update``."""
+def check_params(call: str, params: Any, why: str, updates: Any = ()) -> None:
+    """Raises if ``params`` was not passed to ``update``, or has other shapes than ``updates`` of its structure."""
     if params is None:
         raise ValueError(f"{call} needs the parameters, because {why}: call update(updates, state, params)")
+    if jax.tree.structure(updates) == jax.tree.structure(params):
+        for x, w in zip(jax.tree.leaves(updates), jax.tree.leaves(params), strict=True):
+            if np.shape(x) != np.shape(w):
+                raise ValueError(f"{call}: a parameter of shape {np.shape(w)} for an update of shape {np.shape(x)}")

@@ -8,7 +8,7 @@ Sizes and limits are prefix trees of the updates; their depth is the scope.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -38,18 +38,19 @@ class ClipState(NamedTuple):
 
 
 def clip_by(
-    measure: Measure, threshold: Threshold | Any, response: Response = rescale, *, record: bool = True
+    measure: Measure, threshold: Threshold | Any, response: Response | None = None, *, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Mix your own clipper: a measure, a threshold and a response.
 
     Args:
       measure: maps updates to sizes (see `optclip.measures`).
       threshold: a rule (see `optclip.thresholds`), or a number, schedule or prefix tree of them for a fixed limit.
-      response: what happens to an update given its size and limit (see `optclip.responses`).
+      response: what happens to an update given its size and limit (see `optclip.responses`); None for `rescale`.
       record: whether the state keeps the sizes and limits of the last step, for `optclip.summary`.
 
     Returns:
-      An Optax transformation with a `ClipState`.
+      An Optax transformation with a `ClipState`. Where the threshold remembers nothing, ``update`` also takes None or
+      Optax's ``EmptyState`` for a state, as Optax's own clips do; it then records nothing, and returns that.
 
     Guarantees:
       Structure, shapes, dtypes and weak types of updates and state never change. Leaves without a gradient (integers,
@@ -58,6 +59,7 @@ def clip_by(
     Example:
       >>> tx = clip_by(leaf_norm, ema_ratio(1.05), rescale)
     """
+    response = response or rescale
     _checks.check_callable("clip_by", measure=measure, response=response)
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
@@ -81,16 +83,36 @@ def clip_by(
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
-        if not hasattr(state, "stats"):
-            raise TypeError(f"a clipper was given a {type(state).__name__}, the state of another transformation")
         sizes = measured(updates)
-        if state.stats is not None:
-            check_sizes(sizes, state.stats)
-        limits, memory = allowed(sizes, state.rule, params, **extra)
-        after = ClipState(cast_tree(memory, state.rule), stats_after(sizes, limits, state.stats))
-        return respond(response, updates, sizes, limits), after
+        own = own_state(state, lambda: rule.init(sizes))
+        if own.stats is not None:
+            check_sizes(sizes, own.stats)
+        limits, memory = allowed(sizes, own.rule, params, **extra)
+        after = ClipState(cast_tree(memory, own.rule), stats_after(sizes, limits, own.stats))
+        return respond(response, updates, sizes, limits), after if own is state else state
 
     return transformation(init, update)
+
+
+def own_state(state: Any, memory: Callable[[], Any]) -> ClipState:
+    """The state of a clipper; None and Optax's ``EmptyState`` do for one whose ``memory`` is empty."""
+    if hasattr(state, "stats"):
+        return state
+    none = state is None or isinstance(state, optax.EmptyState)
+    if none and not jax.tree.leaves(fresh := memory()):
+        return ClipState(fresh, None)
+    which = "but remembers something: pass what init returned" if none else "the state of another transformation"
+    raise TypeError(f"a clipper was given a {type(state).__name__}, {which}")
+
+
+def of_parameters(clipper: optax.GradientTransformationExtraArgs, call: str) -> optax.GradientTransformationExtraArgs:
+    """The clipper whose limits are relative to the parameters, if these have the shapes of the updates."""
+
+    def update(updates: Updates, state: Any, params: Any = None, **extra: Any) -> tuple[Updates, Any]:
+        _checks.check_params(call, params, "its limit is relative to their size", updates)
+        return clipper.update(updates, state, params, **extra)
+
+    return transformation(clipper.init, update)
 
 
 def one_at_least(sizes: Sizes) -> Sizes:
@@ -151,6 +173,7 @@ def _factor(factor: Any, size: jax.Array, limit: jax.Array) -> jax.Array:
 @partial(jax.jit, inline=True)
 def _multiply(update: Any, same: jax.Array, first: jax.Array, second: jax.Array) -> Any:
     update = jnp.asarray(update)
+    _check_broadcasts(update, first)
     dtype = _numerics.accumulator(update, first)
     wide = multiplied(_numerics.widen(update, dtype), same, first.astype(dtype), second.astype(dtype))
     return _numerics.cast_like(wide, update)
@@ -160,6 +183,8 @@ def _multiply(update: Any, same: jax.Array, first: jax.Array, second: jax.Array)
 def _respond(response: Response, update: Any, size: Any, limit: Any) -> Any:
     dtype = _numerics.accumulator(update, size, limit)
     update, size, limit = (jnp.asarray(x) for x in (update, size, limit))
+    size, limit = (jnp.reshape(x, ()) if x.size == 1 else x for x in (size, limit))
+    _check_broadcasts(update, size, limit)
     wide = _numerics.widen(update, dtype)
     return _numerics.cast_like(response(wide, size.astype(dtype), limit.astype(dtype)), update)
 
@@ -168,9 +193,19 @@ def _check_shapes(pairs: Iterable[tuple[Any, Any]]) -> None:
     """Raises unless every limit is one number, or fits the shape of its size: others would limit single columns."""
     for size, limit in pairs:
         had, got = jnp.shape(size), jnp.shape(limit)
-        fits = len(got) <= len(had) and all(n in (1, m) for n, m in zip(got[::-1], had[::-1], strict=False))
-        if not fits and math.prod(got) != 1:
+        if not _fits(got, had) and math.prod(got) != 1:
             raise ValueError(f"a limit of shape {got} does not fit its size, of shape {had}")
+
+
+def _check_broadcasts(update: jax.Array, *sizes: jax.Array) -> None:
+    """Raises unless sizes and limits, taken with the update, leave it its shape."""
+    for size in sizes:
+        if not _fits(size.shape, update.shape):
+            raise ValueError(f"a size or limit of shape {size.shape} does not fit its update, of shape {update.shape}")
+
+
+def _fits(shape: tuple[int, ...], into: tuple[int, ...]) -> bool:
+    return len(shape) <= len(into) and all(n in (1, m) for n, m in zip(shape[::-1], into[::-1], strict=False))
 
 
 def _spread(name: str, prefix: Any, updates: Updates) -> list[Any]:

@@ -234,4 +234,4 @@ def _remember(state: ObserveState, norm: jax.Array, parts: jax.Array, inner: Any
             limit = jnp.reshape(table[0][2], ())
     at = state.course.step % state.recent.norm.shape[0]
     now = Recent(norm, parts, jnp.asarray(limit), clipped)
-    return jax.tree.map(lambda ring, x: ring.at[at].set(x.astype(ring.dtype)), state.recent, now)
+    return jax.tree.map(lambda ring, x: jnp.asarray(ring).at[at].set(x.astype(ring.dtype)), state.recent, now)

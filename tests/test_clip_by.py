@@ -120,9 +120,24 @@ def test_sizes_per_leaf_are_no_parameters_for_optax():
 
 
 def test_the_state_of_another_transformation_is_named():
-    for state in (optax.EmptyState(), ()):
-        with pytest.raises(TypeError, match=r"was given a (EmptyState|tuple), the state of another transformation"):
-            optclip.clip_by_global_norm(1.0).update(PARAMS, state)
+    for tx in (optclip.clip_by_global_norm(1.0), optclip.clip(1.0), optclip.clippy()):
+        for state in (optax.ScaleByScheduleState(jnp.int32(0)), ()):
+            name = type(state).__name__
+            with pytest.raises(TypeError, match=f"was given a {name}, the state of another transformation"):
+                tx.update(PARAMS, state, PARAMS)
+
+
+@pytest.mark.parametrize("state", [None, optax.EmptyState()])
+def test_a_clipper_without_a_memory_takes_the_states_of_optax_own(state):
+    methods = optclip.clip, optclip.clip_by_global_norm, optclip.clip_by_block_rms, optclip.adaptive_grad_clip
+    for method in (*methods, optclip.clippy):
+        tx = method(0.1)
+        update, after = jax.jit(tx.update)(GRADS[0], state, PARAMS)
+        assert_close(update, tx.update(GRADS[0], tx.init(PARAMS), PARAMS)[0], rtol=1e-6)
+        assert after == state
+    for tx in (optclip.zclip(), optclip.clip_by_global_norm(lambda count: 1.0), optclip.clip(lambda count: 1.0)):
+        with pytest.raises(TypeError, match="but remembers something: pass what init returned"):
+            tx.update(GRADS[0], state, PARAMS)
 
 
 def test_bad_thresholds_are_named():

@@ -4,6 +4,7 @@ import inspect
 import re
 from functools import partial
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -11,7 +12,8 @@ import pytest
 
 import optclip
 from optclip import measures, responses, thresholds
-from tests.cases import CASES
+from tests.cases import CASES, GRADS, PARAMS
+from tests.harness import cases
 
 INNER = {"inner": optax.identity()}
 MEMORY = {"warmup": -1, "warmup_limit": 0.0, "patience": 0}  # of whatever stands on `thresholds.history`
@@ -133,9 +135,24 @@ def test_a_limit_has_the_shape_of_its_size_and_a_place_in_the_tree():
             make({"w": 1.0}).init(params)
     with pytest.raises(ValueError, match="does not fit"):  # the arguments of torch's clip_grad_norm_
         optclip.clip_by_global_norm(jnp.ones((3, 2)), 1.0).init(params)
+    for limit in (np.ones((2, 2, 2)), np.ones((4, 1, 1)), np.ones(3)):
+        for tx in (optclip.clip(limit), optclip.clip_by(measures.magnitude, limit, responses.clamp)):
+            with pytest.raises(ValueError, match=r"does not fit its update, of shape \(2, 2\)"):
+                tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
+    tx = optclip.clip_by(lambda tree: jnp.ones((3, 1, 2)), 0.5)
+    with pytest.raises(ValueError, match=r"of shape \(3, 1, 2\) does not fit its update, of shape \(2, 2\)"):
+        tx.update(jnp.ones((2, 2)), tx.init(jnp.ones((2, 2))))
     per_column = optclip.clip_by_unit_norm({"w": jnp.array([[1.0, 2.0]]), "b": 1.0})
     update, _ = per_column.update({"w": jnp.full((3, 2), 3.0), "b": jnp.ones(2)}, per_column.init(params))
     np.testing.assert_allclose(jnp.linalg.norm(update["w"], axis=0), [1.0, 2.0], rtol=1e-6)
+
+
+@cases(needs_params=True)
+def test_parameters_have_the_shapes_of_the_updates(case):
+    tx = case.make()
+    other = jax.tree.map(lambda x: x[..., None], PARAMS)
+    with pytest.raises(ValueError, match=rf"{case.public}: a parameter of shape \(.*1\) for an update of shape"):
+        tx.update(GRADS[0], tx.init(PARAMS), other)
 
 
 def test_every_transformation_has_a_row():

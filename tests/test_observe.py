@@ -2,6 +2,7 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,6 +253,15 @@ def test_found_wherever_it_is_nested():
         assert {"dense/bias", "dense/kernel"} <= {p.name for p in advice.parts}
     with pytest.raises(ValueError, match="observe"):
         optclip.advise(optax.adam(1e-3).init(params))
+
+
+def test_goes_on_from_a_state_of_numpy_arrays():
+    params = {"w": jnp.ones(3)}
+    tx = optclip.observe(history=2)
+    state = tx.init(params)
+    _, on_device = tx.update(params, state)
+    _, from_host = tx.update(params, jax.device_get(state))
+    chex.assert_trees_all_equal(from_host, on_device)
 
 
 def test_history_must_be_a_count():

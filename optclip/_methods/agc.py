@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks
-from optclip._clip import clip_by
+from optclip._clip import clip_by, of_parameters
 from optclip._rules import Threshold, scheduled
 from optclip.measures import Measure, unit_norm
 
@@ -88,4 +88,4 @@ def adaptive_grad_clip(
     """
     measure = partial(unit_norm, axis=axis, stack_axis=stack_axis, axis_name=axis_name)
     rule = param_ratio(clipping, measure, eps=eps, call="adaptive_grad_clip")
-    return clip_by(measure, rule, record=record)
+    return of_parameters(clip_by(measure, rule, record=record), "adaptive_grad_clip")

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from optclip import _checks, _numerics
-from optclip._clip import ClipState, clip_by
+from optclip._clip import ClipState, clip_by, own_state
 from optclip._rules import Threshold, scheduled
 from optclip._transformation import transformation
 from optclip.measures import Measure, leaf_norm
@@ -74,11 +74,12 @@ def clippy(
         return clipper(measure, knobs.init(params)).init(params)
 
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
-        _checks.check_params("clippy", params, "its limit is relative to them")
-        (rel, least), memory = knobs.update(jnp.zeros((), jnp.float32), state.rule)
+        _checks.check_params("clippy", params, "its limit is relative to them", updates)
+        own = own_state(state, lambda: knobs.init(updates))
+        (rel, least), memory = knobs.update(jnp.zeros((), jnp.float32), own.rule)
         sizes = lambda updates: measure(jax.tree.map(partial(_ratio, rel, least), updates, params))
-        out, state = clipper(sizes, memory).update(updates, state, params, **extra)
-        return out, state._replace(stats=jax.tree.map(_in_ones, state.stats))
+        out, after = clipper(sizes, memory).update(updates, own, params, **extra)
+        return out, after._replace(stats=jax.tree.map(_in_ones, after.stats)) if own is state else state
 
     return transformation(init, update)
 

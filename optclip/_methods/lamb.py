@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks
-from optclip._clip import clip_by
+from optclip._clip import clip_by, of_parameters
 from optclip._rules import Threshold, scheduled
 from optclip.measures import Measure, leaf_norm
 
@@ -74,4 +74,4 @@ def lamb_clip(
       >>> tx = optax.chain(optax.scale_by_adam(), lamb_clip(), optax.scale(-1e-3))
     """
     measure = measure or leaf_norm
-    return clip_by(measure, trust_ratio(ratio, measure, cap=cap, call="lamb_clip"))
+    return of_parameters(clip_by(measure, trust_ratio(ratio, measure, cap=cap, call="lamb_clip")), "lamb_clip")

@@ -66,7 +66,7 @@ def larc_clip(
     rule = Threshold(knobs.init, lambda sizes, memory, params, **extra: limits(measure(params), memory))
 
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
-        _checks.check_params("larc_clip", params, "its limit is relative to their norm")
+        _checks.check_params("larc_clip", params, "its limit is relative to their norm", updates)
         norms, weights = measure(updates), measure(params)
         decays = jax.tree.map(lambda n: jnp.where(n == 0, 0, weight_decay).astype(n.dtype), norms)
         sizes = jax.tree.map(lambda n, w, d: n + d * w.astype(n.dtype), norms, weights, decays)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _numerics
-from optclip._clip import ClipState, cast_tree, respond
+from optclip._clip import ClipState, cast_tree, own_state, respond
 from optclip._rules import scheduled
 from optclip._transformation import transformation
 
@@ -58,10 +58,11 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         del params, extra
         dtype = _numerics.accumulator(*filter(_numerics.is_gradient, jax.tree.leaves(updates)))
-        bounds, memory = rule.update(jnp.zeros((), dtype), state.rule)
+        own = own_state(state, lambda: rule.init(updates))
+        bounds, memory = rule.update(jnp.zeros((), dtype), own.rule)
         low = bounds[0] if len(bounds) == 2 else jax.tree.map(jnp.negative, bounds[0])
         clamped = respond(_between, updates, low, bounds[-1])
-        return clamped, ClipState(cast_tree(memory, state.rule), None)
+        return clamped, ClipState(cast_tree(memory, own.rule), None) if own is state else state
 
     return transformation(init, update)
 
