@@ -91,9 +91,8 @@ def check_ord(call: str, ord: Any) -> float:
     """The order of a norm as a Python float > 0; it decides what is computed, so it cannot be traced."""
     if isinstance(ord, Tracer):
         raise TypeError(f"{call}: ord must be a number, not traced; in optax.inject_hyperparams, static_args='ord'")
-    if (isinstance(ord, jax.Array) and ord.ndim == 0) or (
-        isinstance(ord, str) and ord == "inf"
-    ):  # as PyTorch spells it
+    as_in_torch = isinstance(ord, str) and ord == "inf"
+    if as_in_torch or (isinstance(ord, jax.Array) and ord.ndim == 0):
         ord = float(ord)
     check(call, "ord", ord, lambda p: p > 0, "> 0, a number or infinity")
     return float(ord)

@@ -23,7 +23,7 @@ def row(*values: Any, ordinary: bool, id: str | None = None) -> Any:
 
 
 def some_of_the_cases(turn: int, of: int = 2) -> Any:
-    """Parametrizes over every second case, or of so many each one; the others are part of the slow run."""
+    """Parametrizes over one case in ``of``, from ``turn`` on; the others are part of the slow run."""
     rows = [row(case, ordinary=i % of == turn) for i, case in enumerate(CASES)]
     return pytest.mark.parametrize("case", rows, ids=lambda case: case.name)
 

@@ -37,12 +37,12 @@ def test_a_named_method_is_what_a_user_could_write(name):
 def test_every_rule_works_at_every_scope(measure, rule):
     how = getattr(measures, measure)
     rules = {
-        "fixed": lambda: 0.3,
-        "ratio": lambda: thresholds.param_ratio(0.1, how),
-        "history": lambda: thresholds.ema_ratio(1.2, warmup=1),
-        "window": lambda: thresholds.percentile(50.0, window=5),
+        "fixed": 0.3,
+        "ratio": thresholds.param_ratio(0.1, how),
+        "history": thresholds.ema_ratio(1.2, warmup=1),
+        "window": thresholds.percentile(50.0, window=5),
     }
-    tx = optclip.clip_by(how, rules[rule]())
+    tx = optclip.clip_by(how, rules[rule])
     state = tx.init(PARAMS)
     update, after = tx.update(GRADS[0], state, PARAMS)
     assert avals(after) == avals(state) and avals(update) == avals(GRADS[0]) and finite(update)
