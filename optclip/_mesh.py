@@ -122,7 +122,7 @@ def _specs(axis_name: AxisName, tree: Any) -> list[tuple[str, ...]]:
     spread = lambda spec, below: specs.extend([spec] * len(jax.tree.leaves(below)))
     if _is_spec(axis_name):
         spread(axis_name, tree)
-    else:
+    elif jax.tree.leaves(tree):  # a tree without leaves asks for no structure
         try:
             jax.tree.map(spread, axis_name, tree, is_leaf=_is_spec)
         except ValueError as error:
@@ -228,6 +228,14 @@ def _may_differ(x: jax.Array, axis_name: str | tuple[str, ...] | None) -> tuple[
         return (*varying, *_unchecked_axes())
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
     return tuple(a for a, tracked in _bound(set(names)).items() if not tracked or a in varying)
+
+
+def replicated(x: Any) -> Any:
+    """``x``, whole on every device if it is sharded over explicit axes: such arrays join only if sharded alike."""
+    sharding = jax.typeof(x).sharding
+    if not any(sharding.spec):
+        return x
+    return jax.reshard(x, jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec()))
 
 
 def like(tree: Any, size: Any) -> Any:

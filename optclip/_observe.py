@@ -10,7 +10,7 @@ from optclip import _checks, _course, _mesh, sketch
 from optclip._clip import cast_tree
 from optclip._course import Course
 from optclip._recorded import plain
-from optclip._transformation import transformation
+from optclip._transformation import takes_extra_args, transformation
 from optclip._vectors import concatenate, stack
 from optclip.measures import Measure, leaf_norm
 from optclip.selection import path_strings
@@ -100,7 +100,7 @@ def observe(
     _checks.check_callable("observe", measure=measure)
     if inner is not None:
         _checks.check_transformation("observe", "inner", inner)
-    within = optax.with_extra_args_support(optax.identity() if inner is None else inner)
+    within = takes_extra_args(optax.identity() if inner is None else inner)
 
     def init(params: Any) -> ObserveState:
         with _mesh.shapes_only():
@@ -128,7 +128,7 @@ def observe(
         sizes = measure(updates)
         if sum(map(jnp.size, jax.tree.leaves(sizes))) != state.share.size:  # init, which traces, saw some shared
             sizes = _distinct(sizes)
-        sizes = [jnp.ravel(s).astype(jnp.float32) for s in jax.tree.leaves(sizes)]
+        sizes = [jnp.ravel(_mesh.replicated(s)).astype(jnp.float32) for s in jax.tree.leaves(sizes)]
         parts = concatenate(sizes) if sizes else jnp.zeros(0, jnp.float32)
         _checks.check_fits("updates", parts, state.share)
         norm = _root_of_squares(parts)
@@ -138,7 +138,7 @@ def observe(
             seen = seen._replace(recent=_remember(state, norm, parts, after))
         return updates, cast_tree(seen, state)
 
-    return transformation(init, update)
+    return transformation(init, update, ObserveState)
 
 
 def merge(a: ObserveState, b: ObserveState) -> ObserveState:

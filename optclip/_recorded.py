@@ -90,7 +90,7 @@ class ClipStats(_Stats):
 def check_sizes(sizes: Sizes, before: ClipStats) -> None:
     """Raises unless the sizes have the structure and shapes of those recorded before."""
     kept = tuple.__getitem__(before, 0)
-    check_fits("updates", plain(sizes) if isinstance(kept, Packed) else sizes, _shapes(kept))
+    check_fits("updates", plain(sizes), _shapes(kept))
 
 
 def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStats | None:
@@ -99,8 +99,8 @@ def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStat
         return None
     new = []
     for tree, kept in zip((sizes, limits), tuple.__iter__(before), strict=True):
-        packed = isinstance(kept, Packed)
-        new.append(_pack(cast_tree(plain(tree), _shapes(kept)), always=True) if packed else cast_tree(tree, kept))
+        tree = cast_tree(plain(tree), _shapes(kept))
+        new.append(_pack(tree, always=True) if isinstance(kept, Packed) else tree)
     return ClipStats.tree_unflatten(None, new)
 
 
@@ -118,14 +118,28 @@ def _shapes(kept: Any) -> Any:
 
 
 def plain(tree: Any) -> Any:
-    """The tree with the variables that frameworks wrap around arrays (``nnx``) taken off."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda x: hasattr(x, "get_value"))
-    return treedef.unflatten([x.get_value() if hasattr(x, "get_value") else x for x in leaves])
+    """The tree with what Flax wraps around arrays, variables (``nnx``) and boxes (``linen``), taken off.
+
+    They carry the mesh axes of a parameter, and a size does not lie on those.
+    """
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_wrapped)
+    return treedef.unflatten([_bare(x) if _is_wrapped(x) else x for x in leaves])
+
+
+def _is_wrapped(x: Any) -> bool:
+    return hasattr(x, "get_value") or hasattr(x, "replace_boxed")
+
+
+def _bare(x: Any) -> Any:
+    if hasattr(x, "get_value"):
+        return x.get_value()
+    (value,) = jax.tree.leaves(x, is_leaf=lambda y: y is not x)  # ``unbox`` would lay it on those axes
+    return plain(value)
 
 
 def _pack(tree: Any, always: bool = False) -> Any:
     """The tree with its scalars in one vector, if there are several of one type, or ``always``."""
-    leaves, treedef = jax.tree.flatten(plain(tree))
+    leaves, treedef = jax.tree.flatten(tree := plain(tree))
     single = tuple(getattr(x, "ndim", None) == 0 for x in leaves)
     scalars = [x for x, alone in zip(leaves, single, strict=True) if alone]
     if not always and (len(scalars) < 2 or len({(x.dtype, _axes(x)) for x in scalars}) > 1):

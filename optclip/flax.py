@@ -11,6 +11,7 @@ from typing import Any, Self
 import optax
 from flax.training import train_state
 
+from optclip._transformation import takes_extra_args
 from optclip.stats import summary
 
 __all__ = ["TrainState"]
@@ -43,7 +44,7 @@ class TrainState(train_state.TrainState):
         Returns:
           The new state.
         """
-        extra, tx = dict(extra_args or {}), optax.with_extra_args_support(self.tx)
+        extra, tx = dict(extra_args or {}), takes_extra_args(self.tx)
 
         def update(updates: Any, state: Any, params: Any = None) -> Any:
             return tx.update(updates, state, params, **extra)

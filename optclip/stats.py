@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from optclip import _mesh
 from optclip._clip import ClipState
 from optclip._recorded import ClipStats, plain
 from optclip._vectors import concatenate
@@ -78,7 +79,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
                 out[f"{name}/preclip_norm/{path}"] = size
                 out[f"{name}/limit/{path}"] = limit
     for name, state in _named(opt_state, "skip", (SkipState, SpikeState)):
-        out |= {f"{name}/{key}": value for key, value in _skips(state).items()}
+        out |= {f"{name}/{key}": value for key, value in _skips(state._replace(inner_state=())).items()}
     for name, state in _named(opt_state, "zero", ZeroState):
         out |= {f"{name}/{key}": value for key, value in plain(state)._asdict().items()}
     return out
@@ -105,12 +106,17 @@ def _said(stats: ClipStats) -> dict[str, jax.Array]:
     }
 
 
+@partial(jax.jit, inline=True)
 def _skips(state: SkipState | SpikeState) -> dict[str, Any]:
-    total, consecutive = plain((state.total, state.consecutive))
-    said = {"skipped": (consecutive > 0).astype(jnp.float32), "consecutive": consecutive, "total": total}
+    state = plain(state)
+    said = {
+        "skipped": (state.consecutive > 0).astype(jnp.float32),
+        "consecutive": state.consecutive,
+        "total": state.total,
+    }
     if isinstance(state, SpikeState):
         for judge, size, limit in (state.norm, "norm", "limit"), (state.loss, "loss", "max_loss"):
-            judged = _said(plain(judge.stats)) if judge else {}
+            judged = _said(judge.stats) if judge else {}
             if judged:
                 said |= {size: judged["preclip_norm"], limit: judged["limit"]}
     return said
@@ -141,6 +147,7 @@ def worst_leaf(opt_state: Any) -> dict[str, tuple[str, float]]:
     return worst
 
 
+@partial(jax.jit, inline=True)
 def _excess(size: Any, limit: Any) -> jax.Array:
     """size / limit, 0 where both are 0; infinite where the size is not finite."""
     return jnp.where(jnp.isfinite(size), size / jnp.where((size == 0) & (limit == 0), 1, limit), jnp.inf)
@@ -177,6 +184,7 @@ def _pairs(size: Any, limit: Any, path: tuple[Any, ...]) -> list[tuple[tuple[Any
 
 def _flat(table: Sequence[tuple[Any, Any, Any]]) -> tuple[jax.Array, jax.Array]:
     """All sizes, and all limits, as vectors."""
+    table = [(path, _mesh.replicated(s), _mesh.replicated(x)) for path, s, x in table]
     sizes = [jnp.ravel(s) for _, s, _ in table]
     limits = [jnp.ravel(jnp.broadcast_to(x, jnp.shape(s))) for _, s, x in table]
     return concatenate(sizes), concatenate(limits)

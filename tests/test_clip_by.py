@@ -3,6 +3,7 @@
 import itertools
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,6 +118,23 @@ def test_sizes_per_leaf_are_no_parameters_for_optax():
     ):
         marked = optax.tree.map_params(tx, lambda x: "touched", tx.init(PARAMS), transform_non_params=lambda x: "kept")
         assert "touched" not in jax.tree.leaves(marked)
+
+
+def test_map_params_with_mesh_axes_per_leaf():
+    tx = optclip.clip_by_global_norm(1.0, axis_name={"dense": "data", "head": None})
+    state = tx.init(PARAMS)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: "touched", state), state)
+
+
+@pytest.mark.parametrize("tx", [
+    optclip.acclip(), optclip.spam_clip(), optclip.spamp(), optclip.mars_clip(), optclip.zero_nonfinite(),
+    optclip.stable_adamw_clip(optax.sgd(0.1)), optclip.skip_nonfinite(optax.sgd(0.1)), optclip.observe(),
+    optclip.skip_spikes(optax.sgd(0.1)), optclip.u_clip(optax.identity()),
+])  # fmt: skip
+def test_a_state_that_init_did_not_return_is_named(tx):
+    for state in (None, (), {"inner_state": ()}):
+        with pytest.raises(TypeError, match=f"State that init returned, got a {type(state).__name__}"):
+            tx.update(PARAMS, state, PARAMS)
 
 
 def test_the_state_of_another_transformation_is_named():

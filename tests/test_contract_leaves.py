@@ -6,9 +6,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import optclip
+from tests import meshes
 from tests.cases import GRADS, PARAMS
 from tests.harness import assert_close, avals, cases, each_case, finite, standard_run
 
@@ -116,6 +118,42 @@ def test_nnx_states_come_back_as_they_were(case):
     update = step(case, grads)
     assert jax.tree.structure(update) == jax.tree.structure(grads)
     assert avals(update) == avals(grads)
+
+
+@each_case
+def test_mesh_axes_noted_on_parameters_go_on_to_arrays_of_their_shape_alone(case):
+    tx, is_box = case.make(), lambda x: isinstance(x, nn.Partitioned)
+    params = jax.tree.map(lambda x: nn.Partitioned(x, ("data", "model")[: x.ndim]), PARAMS)
+    state = jax.eval_shape(tx.init, params)
+    update, after = jax.eval_shape(tx.update, params, state, params)
+    assert avals(update) == avals(params) and avals(after) == avals(state)
+    shapes = {x.shape for x in jax.tree.leaves(PARAMS)}
+    boxes = [x for x in jax.tree.leaves(state, is_leaf=is_box) if is_box(x)]
+    assert all(x.value.shape in shapes and len(x.names) == x.value.ndim for x in boxes)
+
+
+class Sharded(nnx.Module):
+    def __init__(self):
+        self.kernel = nnx.Param(jnp.ones((2, 4, 4)), out_sharding=(None, "data", "model"))
+        self.bias = nnx.Param(jnp.ones((2, 4)), out_sharding=(None, "model"))
+
+
+@pytest.mark.parametrize("tx", [
+    optclip.clip_by_global_norm(0.1), optclip.clip_by_leaf_norm(0.1, stack_axis=0), optclip.clip_by_leaf_norm(0.1),
+    optclip.adaptive_grad_clip(0.1, record=True), optclip.adagc(warmup=1),
+    optclip.percentile_clipping(measure=optclip.measures.unit_norm), optclip.observe(history=2),
+])  # fmt: skip
+def test_sharded_variables_of_nnx(tx):
+    with jax.set_mesh(meshes.mesh()):
+        model = Sharded()
+        optimizer = nnx.Optimizer(model, optax.chain(tx, optax.adam(0.1)), wrt=nnx.Param)
+        for _ in range(2):
+            nnx.jit(lambda m, o: o.update(m, nnx.state(m)))(model, optimizer)
+        for x, spec in zip(
+            *map(jax.tree.leaves, (nnx.state(optimizer), nnx.get_partition_spec(nnx.state(optimizer)))), strict=True
+        ):
+            jax.sharding.NamedSharding(meshes.mesh(), spec).shard_shape(x.shape)  # raises where it does not fit
+    optclip.summary(optimizer.opt_state)
 
 
 @cases(history=False)

@@ -52,6 +52,28 @@ def test_explicit_shardings_never_change(name: str):
     assert len(traces) == 1
 
 
+def test_explicit_shardings_are_read_and_observed():
+    mesh, grads = meshes.mesh(AxisType.Explicit), meshes.place(GRADS[2], SPECS, meshes.mesh(AxisType.Explicit))
+    stacked = {"dense": {"bias": None, "kernel": 0}, "head": {"kernel": 1, "scale": None}}
+    for tx in (
+        TXS["agc"](None),
+        optclip.clip_by_leaf_norm(0.1, stack_axis=stacked),
+        optclip.skip_spikes(optax.identity(), 1e3, measure=measures.unit_norm),
+    ):
+        _, expected = tx.update(GRADS[2], tx.init(PARAMS), PARAMS)
+        with jax.set_mesh(mesh):
+            _, state = jax.jit(tx.update)(grads, tx.init(grads), meshes.place(PARAMS, SPECS, mesh))
+            for read in (optclip.summary, partial(optclip.summary, per_leaf=True), jax.jit(optclip.summary)):
+                chex.assert_trees_all_close(read(state), jax.jit(read)(expected), rtol=2e-6)
+            worst = optclip.worst_leaf(state)
+        assert [path for path, _ in worst.values()] == [path for path, _ in optclip.worst_leaf(expected).values()]
+    tx = optclip.observe(optclip.clip_by_unit_norm(0.1, record=True), measure=measures.unit_norm, history=2)
+    _, expected = tx.update(GRADS[2], tx.init(PARAMS))
+    with jax.set_mesh(mesh):
+        _, state = jax.jit(tx.update)(grads, tx.init(grads))
+    chex.assert_trees_all_close(state, expected, rtol=2e-6)
+
+
 @pytest.mark.parametrize("name", TXS)
 def test_automatic_shardings_settle_after_one_step(name: str):
     mesh, tx = meshes.mesh(), TXS[name](None)

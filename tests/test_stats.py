@@ -122,6 +122,16 @@ def test_an_nnx_optimizer_is_read_through_its_variables():
     np.testing.assert_allclose(inside["clip/preclip_norm"], got["clip/preclip_norm"], rtol=1e-6)
 
 
+def test_reading_moves_nothing_between_host_and_device():
+    guarded = optclip.skip_nonfinite(optclip.skip_spikes(optclip.clip_by_leaf_norm(0.1), loss_rule=10.0))
+    for tx in (guarded, optclip.clip_by_global_norm(0.1), optclip.zero_nonfinite()):
+        params = jax.device_put(PARAMS)
+        _, state = tx.update(params, tx.init(params), value=jnp.float32(1))
+        with jax.transfer_guard("disallow"):
+            optclip.summary(state, per_leaf=True)
+            optclip.worst_leaf(state)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_size_that_is_not_finite_counts_as_clipped_under_any_limit(bad):
     for limit in (1.0, np.inf):

@@ -85,7 +85,7 @@ def acclip(
         out, momentum, limit = (treedef.unflatten([row[i] for row in rows]) for i in range(3))
         return out, ClipState(cast_tree(Coordinates(momentum, limit), state.rule), None)
 
-    return transformation(init, update)
+    return transformation(init, update, ClipState)
 
 
 def _moment(decay: float, alpha: float, tau: jax.Array, size: jax.Array) -> jax.Array:

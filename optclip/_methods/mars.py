@@ -88,7 +88,7 @@ def mars_clip(
         count = state.count + fine.astype(jnp.int32)
         return _elementwise.cast_back(out, updates), MarsState(clipped, step, count, cast_tree(last, state.last))
 
-    return transformation(init, update)
+    return transformation(init, update, MarsState)
 
 
 def _correct(g: Any, last: jax.Array, weight: jax.Array) -> Any:

@@ -127,4 +127,4 @@ def spam_clip(
         limits, memory = rule.update(sizes, state.rule, params, **extra)
         return respond(rescale, updates, sizes, limits), ClipState(cast_tree(memory, state.rule), None)
 
-    return transformation(init, update)
+    return transformation(init, update, ClipState)

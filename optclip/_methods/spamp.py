@@ -78,4 +78,4 @@ def spamp(
         out = _elementwise.cast_back(respond(rescale, shaped, one_at_least(measure(shaped)), limits), updates)
         return out, ClipState(cast_tree(memory, state.rule), stats_after(sizes, limits, state.stats))
 
-    return transformation(clip_by(measure, rule, record=record).init, update)
+    return transformation(clip_by(measure, rule, record=record).init, update, ClipState)

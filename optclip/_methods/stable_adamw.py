@@ -10,7 +10,7 @@ from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, cast_tree, clip_by
 from optclip._history import mass
 from optclip._rules import fixed
-from optclip._transformation import transformation
+from optclip._transformation import takes_extra_args, transformation
 from optclip.measures import Measure, leaf_rms
 
 
@@ -80,7 +80,7 @@ def stable_adamw_clip(
     _checks.check_fraction("stable_adamw_clip", "decay", decay)
     _checks.check_positive("stable_adamw_clip", "eps", eps)
     rule = fixed(max_rms)
-    inner = optax.with_extra_args_support(inner)
+    inner = takes_extra_args(inner)
 
     def init(params: Any) -> StableAdamWState:
         clip: Any = clip_by(measure, rule, record=record).init(params)
@@ -98,7 +98,7 @@ def stable_adamw_clip(
         steps, clip = clipper.update(steps, state.clip, params, **extra)
         return steps, StableAdamWState(clip, count, cast_tree(rms, state.rms), inner_state)
 
-    return transformation(init, update)
+    return transformation(init, update, StableAdamWState)
 
 
 def _one(g: Any, rms: jax.Array, count: jax.Array, fine: jax.Array, decay: float, eps: float) -> tuple[Any, jax.Array]:

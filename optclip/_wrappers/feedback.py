@@ -10,7 +10,7 @@ from jax import lax
 from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._rules import fixed
-from optclip._transformation import transformation
+from optclip._transformation import takes_extra_args, transformation
 from optclip.measures import Measure, global_norm, magnitude
 from optclip.responses import clamp, rescale
 
@@ -70,7 +70,7 @@ def u_clip(
     """
     _checks.check_transformation("u_clip", "inner", inner)
     _checks.check_positive("u_clip", "max_carry", max_carry)
-    clipper = optax.with_extra_args_support(inner)
+    clipper = takes_extra_args(inner)
 
     def update(updates: Any, state: FeedbackState, params: Any = None, **extra: Any) -> tuple[Any, FeedbackState]:
         due = _map(_plus, updates, state.buffer)
@@ -83,7 +83,7 @@ def u_clip(
         owed = _map(lambda s: s * share.astype(s.dtype), owed)
         return cut, FeedbackState(inner_state, _memory(owed, updates, state.buffer))
 
-    return transformation(_start(clipper), update)
+    return transformation(_start(clipper), update, FeedbackState)
 
 
 def clip21(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -162,7 +162,7 @@ def track_median(
 
 
 def _track(inner: optax.GradientTransformation, decay: Any) -> optax.GradientTransformationExtraArgs:
-    clipper = optax.with_extra_args_support(inner)
+    clipper = takes_extra_args(inner)
 
     def move(v: jax.Array, g: jax.Array, apart: jax.Array, step: jax.Array) -> jax.Array:
         w, g = (1 - jnp.asarray(decay, jnp.float32)).astype(v.dtype), g.astype(v.dtype)
@@ -177,7 +177,7 @@ def _track(inner: optax.GradientTransformation, decay: Any) -> optax.GradientTra
         moved = _map(_enter, moved, state.buffer)
         return emitted, FeedbackState(inner_state, _memory(moved, updates, state.buffer))
 
-    return transformation(_start(clipper), update)
+    return transformation(_start(clipper), update, FeedbackState)
 
 
 def _start(clipper: optax.GradientTransformationExtraArgs) -> Any:

@@ -11,7 +11,7 @@ import optax
 from jax import lax
 
 from optclip import _checks, _mesh, _numerics
-from optclip._transformation import transformation
+from optclip._transformation import takes_extra_args, transformation
 from optclip._wrappers.guard import any_of, keep, nonfinite, withhold
 
 
@@ -81,7 +81,7 @@ def skip_nonfinite(
             lambda n: (n >= 0) & (np.floor(n) == n),
             ">= 0, an integer, or None",
         )
-    guarded = optax.with_extra_args_support(inner)
+    guarded = takes_extra_args(inner)
 
     def init(params: Any) -> SkipState:
         return SkipState(guarded.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
@@ -95,7 +95,7 @@ def skip_nonfinite(
         total = jnp.where(bad, optax.safe_increment(state.total), state.total)
         return withhold(bad, after, fill), SkipState(keep(bad, state.inner_state, inner_state), total, consecutive)
 
-    return transformation(init, update)
+    return transformation(init, update, SkipState)
 
 
 def _spoiled(new: Any, old: Any) -> jax.Array:

@@ -10,7 +10,7 @@ from optclip import _checks, _mesh
 from optclip._clip import ClipState, clip_by
 from optclip._methods.historical_norm import window_zscore
 from optclip._rules import Threshold, fixed
-from optclip._transformation import transformation
+from optclip._transformation import takes_extra_args, transformation
 from optclip._wrappers.guard import any_of, keep, nonfinite, withhold
 from optclip.measures import Measure, global_norm
 
@@ -90,7 +90,7 @@ def skip_spikes(
         _checks.check_steps("skip_spikes", "patience", patience, 1)
     if rule is None:
         rule = window_zscore(6.0, 128, warmup=63, ddof=1)  # OLMo counts the current step in the least history
-    guarded = optax.with_extra_args_support(inner)
+    guarded = takes_extra_args(inner)
     norm_judge: Any = clip_by(measure, _rule("rule", rule), _pass)
     loss_judge = None if loss_rule is None else clip_by(lambda loss: loss, _rule("loss_rule", loss_rule), _pass)
 
@@ -117,7 +117,7 @@ def skip_spikes(
             streak=jnp.where(skip, jnp.where(finite, optax.safe_increment(state.streak), state.streak), 0),
         )
 
-    return transformation(init, update)
+    return transformation(init, update, SpikeState)
 
 
 def _rule(name: str, rule: Any) -> Threshold:

@@ -79,7 +79,7 @@ def zero_nonfinite(*, axis_name: Any = None) -> optax.GradientTransformationExtr
         last = _add(jnp.zeros_like(state.last), sum(seen))
         return treedef.unflatten(leaves), ZeroState(*totals, last=last)
 
-    return transformation(init, update)
+    return transformation(init, update, ZeroState)
 
 
 def _count(x: jax.Array) -> jax.Array:

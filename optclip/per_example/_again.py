@@ -16,12 +16,10 @@ from optclip.per_example._terms import materialize
 __all__ = ["rerun"]
 
 
-def rerun(
-    again: Again, values: list[Lifted], coefs: dict[int, jax.Array], keep: jax.Array | None
-) -> dict[int, jax.Array]:
+def rerun(again: Again, coefs: dict[int, jax.Array], keep: jax.Array | None) -> dict[int, jax.Array]:
     """Runs a region again, for all examples, and returns the weighted sums of the outputs ``coefs`` names."""
     nested = Regions(False, None).rules
-    outputs = list(coefs)
+    outputs, values = list(coefs), again.values
     if isinstance(again.body, Block):
         # With the coefficients behind the same barrier the recomputation waits for them and is not merged with the
         # first.

@@ -141,7 +141,8 @@ def contract(value: Factored, label: int, coefs: jax.Array, keep: jax.Array | No
         for term, new in zip(value.terms, factors, strict=True):
             pairs = zip(term.factors, new, strict=True)
             term = dataclasses.replace(term, factors=tuple(dataclasses.replace(f, array=a) for f, a in pairs))
-            result += materialize_term(_weighted(term, label, coefs, keep), term.precision).astype(result.dtype)
+            term = _weighted(term, label, coefs, keep)
+            result += materialize_term(term, term.precision, in_place=True).astype(result.dtype)
         return result
 
     return sum_over_shards(total, ([[f.array for f in t.factors] for t in value.terms], coefs, keep))

@@ -8,6 +8,7 @@ regions.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -33,7 +34,6 @@ class _First(NamedTuple):
     squares: list[jax.Array]
     leaves: list[Any]  # Factored or Rerun
     again: list[Again]
-    again_values: list[list[Lifted]]
     label: int
     costs: list[Cost]
 
@@ -58,9 +58,9 @@ def clip(
     for i, leaf in enumerate(first.leaves):
         if isinstance(leaf, Factored):
             sums[i] = contract(leaf, first.label, coefs[i], weights.keep)
-    for number, (again, values) in enumerate(zip(first.again, first.again_values, strict=True)):
+    for number, again in enumerate(first.again):
         mine = [i for i, leaf in enumerate(first.leaves) if isinstance(leaf, Rerun) and leaf.region == number]
-        found = rerun(again, values, {first.leaves[i].output: coefs[i] for i in mine}, weights.keep)
+        found = rerun(again, {first.leaves[i].output: coefs[i] for i in mine}, weights.keep)
         for i in mine:
             sums[i] = _replay(first.leaves[i], found[first.leaves[i].output])
     return first.losses, first.aux, weights, sums
@@ -88,7 +88,9 @@ def _first_pass(call: Call, examples: list[jax.Array], norms_only: bool) -> _Fir
         costs[:] = [_named(cost, block, outputs - leaves + i) for i, (*_, cost) in enumerate(measured)]
         kept = [] if norms_only else [leaf for _, leaf, _ in measured]
         flat_values = [v for region in again for v in region.values]
-        reruns[:] = [leaf if isinstance(leaf, Rerun) else None for leaf in kept]
+        for region in again:
+            region.values = [None] * len(region.values)  # what belongs to one example may not outlive it
+        reruns[:] = [dataclasses.replace(leaf, square=None) if isinstance(leaf, Rerun) else None for leaf in kept]
         kept = [Factored((), (), jnp.float32) if isinstance(leaf, Rerun) else leaf for leaf in kept]
         return [*out[: outputs - leaves], *(square for square, *_ in measured), *kept, *flat_values]
 
@@ -101,11 +103,9 @@ def _first_pass(call: Call, examples: list[jax.Array], norms_only: bool) -> _Fir
     got = got[outputs - leaves :]
     squares, got = [_rows(v, size) for v in got[:leaves]], got[leaves:]
     kept, got = [r or v for r, v in zip(reruns, got, strict=False)], got[len(reruns) :]
-    again_values = []
     for region in again:
-        again_values.append(got[: len(region.values)])
-        got = got[len(region.values) :]
-    return _First(losses, aux, squares, kept, again, again_values, label, costs)
+        region.values, got = got[: len(region.values)], got[len(region.values) :]
+    return _First(losses, aux, squares, kept, again, label, costs)
 
 
 def _named(cost: Cost, block: Block, output: int) -> Cost:

@@ -95,7 +95,7 @@ def add_gaussian_noise(
         noisy = [_with_noise(x, k, a, scale) for x, k, a in zip(leaves, keys, axes, strict=True)]
         return treedef.unflatten(noisy), GaussianNoiseState(after, jnp.asarray(optax.safe_increment(state.count)))
 
-    return transformation(init, update)
+    return transformation(init, update, GaussianNoiseState)
 
 
 def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2) -> Any:

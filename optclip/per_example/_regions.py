@@ -75,7 +75,7 @@ def _only_added_to(block: Block, invar: int, output: int) -> bool:
 
 @dataclasses.dataclass
 class Again:
-    """A region to run a second time: its equation, taken apart, and its inputs."""
+    """A region to run again: its equation, taken apart, and its inputs, `Lifted` once the first pass is over."""
 
     eqn: JaxprEqn
     body: Any  # Scan, or Block for a checkpoint region
@@ -181,7 +181,7 @@ class Regions:
             outside = {id(c): Lifted(c, False) for c in (*consts, *body.block.program.consts)}
             outside.update({id(a): Lifted(b, True) for a, b in zip(x, xs, strict=True)})
             crossing, back = pack([_leaving(out[i], i in body.stacks) for i in carried], outside)
-            unpack.append((back, x))
+            unpack.append(back)
             moving = [materialize(out[i]) for i in body.moving]
             return moving, ([materialize(out[i]) for i in plain], squares, crossing)
 
@@ -194,7 +194,7 @@ class Regions:
         for i, square in zip(norms, squares, strict=True):
             cost = Cost(f"{costs[i].rule}, in a loop", costs[i].flops * body.length, 0)
             result[i] = Rerun(jnp.sum(square), number, i, cost)
-        for i, value in zip(carried, unpack[-1][0](arrays, label), strict=True):
+        for i, value in zip(carried, unpack[-1](arrays, label), strict=True):
             aval = eqn.outvars[i].aval
             terms = [_with_loop(t, label, body.length, i in body.stacks) for t in value.terms]
             if i in body.sums and not _is_zero(block, eqn.invars[body.consts + i]):

@@ -134,26 +134,33 @@ def wide(*dtypes: Any) -> Any:
     return _numerics.complex_of(real) if any(jnp.issubdtype(d, jnp.complexfloating) for d in dtypes) else real
 
 
-def einsum(factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
-    """``jnp.einsum`` over labels, summed in float32 or wider, contracted in the cheapest order."""
+def einsum(
+    factors: Sequence[Any], out: Iterable[int], precision: Any = jax.lax.Precision.HIGHEST, in_place: bool = False
+) -> jax.Array:
+    """``jnp.einsum`` over labels, summed in float32 or wider, contracted in the cheapest order.
+
+    XLA:CPU takes the transposition of a result into the product, and has no such product of bfloat16 with a sum in
+    float32. Under ``vmap`` any may be transposed; ``in_place`` says that this one is not.
+    """
     names: dict[int, int] = {}
     operands: list[Any] = []
     dtypes = {f.array.dtype for f in factors}
     dtype = wide(*dtypes)
+    widened = len(dtypes) > 1 or (not in_place and jax.default_backend() == "cpu")
     for factor in factors:
-        array = factor.array if len(dtypes) == 1 else factor.array.astype(dtype)
+        array = factor.array.astype(dtype) if widened else factor.array
         operands += [array, [names.setdefault(x, len(names)) for x in factor.labels]]
     out = [names[x] for x in out]
     return jnp.einsum(*operands, out, optimize="optimal", precision=precision, preferred_element_type=dtype)
 
 
-def materialize_term(term: Term, precision: Any = None) -> jax.Array:
-    """The array a term stands for, in float32 or wider."""
+def materialize_term(term: Term, precision: Any = None, in_place: bool = False) -> jax.Array:
+    """The array a term stands for, in float32 or wider; ``in_place`` as in `einsum`."""
     onehots = [f for f in term.factors if isinstance(f, OneHot)]
     if not onehots:
         lead = set(term.factors[leader(term)].labels)
         order = sorted(term.kept, key=lambda x: (x not in lead, sum(x not in f.labels for f in term.factors)))
-        array = einsum(term.factors, order, precision)
+        array = einsum(term.factors, order, precision, in_place)
         array = jnp.transpose(array, [order.index(x) for x in term.kept])
     else:
         array = _add_rows(onehots[0], [f for f in term.factors if isinstance(f, Dense)], term.kept)
@@ -168,7 +175,7 @@ def leader(term: Term) -> int:
     """The factor that had better come first in the product of a term.
 
     The first of two is transposed, to put its summed labels last; so is the result, unless it starts with that factor.
-    In 16 bits it has to: XLA:CPU takes the transposed result into the product, and does not know that one.
+    In 16 bits it has to (see `einsum`).
     """
     narrow = any(f.array.dtype.itemsize < 4 for f in term.factors)
     result = math.inf if narrow else math.prod(n for x, n in term.sizes.items() if x in term.kept)

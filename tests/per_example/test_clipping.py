@@ -286,6 +286,17 @@ def test_parameters_of_any_float_with_strict_promotion_and_no_leaks(dtype):
         np.testing.assert_allclose(norms, jnp.linalg.norm(exact.reshape(len(batch), -1), axis=1), rtol=0.1)
 
 
+def test_no_tracer_leaks_from_a_loop_or_a_checkpoint():
+    layer = lambda h, w: (jnp.tanh(h @ w), None)
+    for body in (layer, jax.checkpoint(layer)):
+        loss = lambda w, x, body=body: jnp.mean(jax.lax.scan(body, x, w)[0] ** 2)
+        once = lambda w, x, loss=loss: jax.checkpoint(loss)(w, x)
+        for f in (loss, once):
+            with jax.checking_leaks():
+                pe.value_and_norms(f)(jnp.ones((3, 8, 8)), jnp.ones((4, 8)))
+                pe.clipped_value_and_grad(f, 0.1)(jnp.ones((3, 8, 8)), jnp.ones((4, 8)))
+
+
 def test_a_negative_limit_is_loud():
     traced = jax.jit(lambda limit: pe.clipped_value_and_grad(loss_fn, limit)(PARAMS, BATCH)[1])
     assert all(np.isnan(x).all() for x in jax.tree.leaves(traced(-1.0)))

@@ -193,6 +193,17 @@ def low_precision(a, ids, n):
     return loss, {"w": a(d, 3 * d)}, a(3, 2, d)
 
 
+@case
+def low_precision_square(a, ids, n):
+    d = n(2, 9)
+
+    def loss(p, x):
+        w, x = p["w"].astype(jnp.bfloat16), x.astype(jnp.bfloat16)
+        return mean_square((x @ (w @ w)).astype(jnp.float32))
+
+    return loss, {"w": a(d, d)}, a(3, 2, d)
+
+
 # Tables
 
 

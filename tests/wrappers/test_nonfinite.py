@@ -184,6 +184,17 @@ def test_multi_steps(outside):
     assert updates[:, 0].tolist() == [0, 0, -2, 0, -6]
 
 
+def test_multi_steps_are_handed_extra_arguments():
+    """Which Optax itself drops on the way to them."""
+    inner = optclip.skip_spikes(optax.sgd(1.0), loss_rule=10.0)
+    for tx in (optax.MultiSteps(inner, 1), optax.MultiSteps(inner, 1).gradient_transformation()):
+        for wrap in (skip_nonfinite, optclip.observe, optclip.u_clip, optclip.stable_adamw_clip, optclip.skip_spikes):
+            guarded = wrap(tx)
+            for loss, expected in ((1.0, -1.0), (11.0, 0.0)):
+                update, _ = guarded.update(jnp.ones(1), guarded.init(jnp.ones(1)), jnp.ones(1), value=jnp.float32(loss))
+                assert update.tolist() == [expected], (wrap, loss)
+
+
 def test_lanes_of_vmap_decide_for_themselves():
     tx = skip_nonfinite(optax.sgd(1.0))
     g = jnp.array([[1.0, 2.0], [jnp.nan, 2.0]])
