@@ -190,8 +190,7 @@ def _gram(a: Term, b: Term) -> jax.Array:
     # The activation x is used as it lies in memory: sum_t x_t . (sum_s (g_t . g_s) x_s). The form sum_ts (x_t . x_s)
     # (g_t . g_s) needs it transposed as well, a copy that XLA:CPU makes as early as in the forward pass.
     between = [i for i in dict.fromkeys((*g.labels, *g2.labels)) if i in x.labels or i in x2.labels]
-    products = einsum([g, g2], between, in_place=True)
-    mixed = einsum([Dense(products, tuple(between)), x2], x.labels)
+    mixed = einsum([Dense(einsum([g, g2], between, in_place=True), tuple(between)), x2], x.labels)
     return jnp.sum(mixed * x.array.astype(mixed.dtype))
 
 
