@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from optclip import _checks
+from optclip._numerics import times
 from optclip._rules import Threshold, per_size, resolve, select
 
 Feed = Callable[[jax.Array, jax.Array], jax.Array]  # (size, limit) -> the value that enters; infinity or NaN for none
@@ -33,7 +34,7 @@ def winsorized(factor: float = 10.0) -> Feed:
     _checks.check_positive("winsorized", "factor", factor)
 
     def feed(size: jax.Array, limit: jax.Array) -> jax.Array:
-        return jnp.minimum(size, jnp.asarray(factor, size.dtype) * limit)
+        return jnp.minimum(size, times(factor, limit))
 
     return feed
 
@@ -91,8 +92,9 @@ def history(
       warmup: values to collect first; until then the limit is ``warmup_limit``, and what enters is the raw size.
       warmup_limit: > 0, the static limit during warm-up; infinity passes everything.
       patience: after so many clips in a row the memory starts afresh, and the step passes under ``warmup_limit``:
-        a new level is accepted within ``patience + warmup`` steps. Sizes of zero, which say nothing about the level,
-        are then not fed either, and no limit is zero. None leaves the rule as it is.
+        a new level, if it is beyond the limit throughout, is accepted within ``patience + warmup`` steps. Sizes of
+        zero, which say nothing about the level, are then not fed either, and no limit is zero. None leaves the rule
+        as it is.
       restart: ``size -> inner``, the memory when patience has run out; None for ``init``.
       excess: how many times its limit a size must be for its clip to count towards patience: > 1 for rules whose
         limit climbs to a new level by itself, if slowly.

@@ -52,6 +52,12 @@ def cast_like(x: jax.Array, like: Any) -> jax.Array:
     return x.astype(dtype)
 
 
+def times(factor: Any, size: jax.Array) -> jax.Array:
+    """``factor * size``, a limit: infinite for an infinite factor, which turns a clip off, also where the size is 0."""
+    factor = jnp.asarray(factor, size.dtype)
+    return jnp.where(factor == jnp.inf, factor, factor * size)
+
+
 def over(x: jax.Array, largest: jax.Array) -> jax.Array:
     """``x / largest``, for ``largest`` > 0 of the precision of ``x`` and no smaller than it.
 

@@ -59,7 +59,7 @@ def test_leaves_without_a_gradient_pass_untouched_and_count_for_nothing(case):
             if name == "number":
                 assert jnp.result_type(update["y"][name]) == jnp.int32  # what a Python 7 is to jax
             else:
-                assert np.result_type(update["y"][name]) == np.result_type(other), name
+                assert np.asarray(update["y"][name]).dtype == np.asarray(other).dtype, name
             np.testing.assert_array_equal(update["y"][name], other)
     assert_close(update["x"], step(case, {"x": BARE})["x"], rtol=1e-6)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import optclip
 from tests.cases import GRADS, PARAMS
 from tests.harness import assert_close, avals, each_case, halves, some_of_the_cases, standard_run, total
 
@@ -47,6 +48,23 @@ def test_under_x64_float32_stays_float32(case):
             assert avals(after) == avals(state)
             if dtype is np.float32:
                 assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+
+
+def test_under_x64_arguments_are_as_exact_as_the_leaves():
+    with jax.enable_x64(True):
+        one = np.ones(1)
+        for tx, want in (
+            (optclip.clippy(0.1, 0.0), 0.1),
+            (optclip.track_median(np.inf, 0.9), 0.1),
+            (optclip.adaptive_grad_clip(0.1), 0.1),
+            (optclip.clip_by_global_norm(0.1), 0.1),
+            (optclip.clip(0.1), 0.1),
+        ):
+            update, _ = tx.update(one, tx.init(one), one)
+            np.testing.assert_allclose(update, [want], rtol=1e-14)
+        tx = optclip.mars_clip(np.inf, 0.025, 0.9)
+        _, state = tx.update(one, tx.init(one))
+        np.testing.assert_allclose(tx.update(2 * one, state)[0], [2 + 0.025 * 0.9 / 0.1], rtol=1e-14)
 
 
 @each_case

@@ -1,5 +1,7 @@
 """The contract, items 2 and 3: the bound, every bit below it, direction, precision, and the ends of a dtype."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -9,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+import optclip
 from optclip import measures
 from optclip.stats import recorded
 from tests import oracles
@@ -67,6 +70,20 @@ def test_below_the_limit_every_bit_is_kept(case):
     grads = [{**g, "brain": cast(tiny, ml_dtypes.bfloat16)} for g in grads]
     params = {**PARAMS, **{k: np.ones_like(grads[0][k]) for k in ("tiny", "half", "brain")}}
     for update, grad in zip(run(case.make(**case.loose), grads, params)[0], grads, strict=True):
+        assert_bits(update, grad)
+
+
+@cases(limit=lambda name: name not in (None, "percent", "percentile", "rule"))  # a percentile ends at 100
+def test_an_infinite_limit_changes_nothing_also_where_all_is_zero(case):
+    """Not even with a memory or parameters of zeros, of which no infinite multiple is a number."""
+    given = inspect.signature(getattr(optclip, case.public)).parameters
+    off = {name: value for name, value in {"patience": None, "eps": 0.0, "wake": False}.items() if name in given}
+    if case.public == "stable_adamw_clip":  # divides by eps
+        del off["eps"]
+    tx = case.make(**{**(case.loose or {}), case.limit: np.inf, **off})
+    zero = jax.tree.map(np.zeros_like, PARAMS)
+    grads = [zero] * 4 + GRADS[:2]
+    for update, grad in zip(run(tx, grads, zero)[0], grads, strict=True):
         assert_bits(update, grad)
 
 

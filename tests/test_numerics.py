@@ -29,7 +29,7 @@ def draw(scale: float, seed: int = 0) -> dict[str, np.ndarray]:
 def norm(arrays: list[np.ndarray], ord: float) -> float:
     x = np.concatenate([np.abs(np.asarray(a, np.complex128)).ravel() for a in arrays])
     top = x.max(initial=0)
-    return top if ord == np.inf or top == 0 else top * np.sum((x / top) ** ord) ** (1 / ord)
+    return top if ord == np.inf or top in (0, np.inf) else top * np.sum((x / top) ** ord) ** (1 / ord)
 
 
 @pytest.fixture(params=BACKENDS)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped
 from optclip._rules import Threshold, per_size, resolve, select
@@ -78,9 +78,9 @@ def ema_from_min(
         share = jnp.where(over, cap, 1) / jnp.where(over, total, 1)
         resting = jnp.where(over, jnp.maximum(size * share, tiny), jnp.inf)
         count, mean = memory.count, memory.mean
-        factor = jnp.asarray(resolve(ratio, memory.step), size.dtype)
+        factor = resolve(ratio, memory.step)
         learning = count < jnp.maximum(warmup, 1)
-        allowed = jnp.where(learning, jnp.where(warmup, resting, jnp.inf), factor * mean)
+        allowed = jnp.where(learning, jnp.where(warmup, resting, jnp.inf), _numerics.times(factor, mean))
         streak = jnp.where((size > _STUCK * allowed) & ~learning, memory.streak + 1, 0)
         if patience is not None:
             stuck = streak >= patience
@@ -138,8 +138,8 @@ def adagc(
 
     State: `ClipState`; ``rule`` is an `EmaFromMin`: two int32 and one float32 per size.
 
-    Guarantees: never stuck. A new level over 4 times the limit is accepted after ``patience`` steps; up to 4 times, the
-      limit climbs to it by (1 - decay) * (ratio - 1) a step (0.1%: 693 steps to double), as in the paper. Gradients
+    Guarantees: never stuck. After ``patience`` norms in a row over 4 times the limit the new level is accepted; else
+      the limit climbs to it by (1 - decay) * (ratio - 1) a step (0.1%: 693 steps to double), as in the paper. Gradients
       over 4 times ``max_norm`` for good are clipped to about ``max_norm`` for good: every warm-up brings them to it.
 
     Edge cases: zero, NaN and infinite norms do not enter the average; a leaf that was zero has its warm-up when it

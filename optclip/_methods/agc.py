@@ -1,5 +1,6 @@
 """AGC: adaptive gradient clipping relative to the parameters (Brock et al., 2021)."""
 
+import operator
 from functools import partial
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by, of_parameters
 from optclip._rules import Threshold, scheduled
 from optclip.measures import Measure, unit_norm
@@ -32,12 +33,13 @@ def param_ratio(ratio: Any, measure: Measure, *, eps: Any = 1e-3, call: str = "p
     _checks.check_positive(call, "clipping" if call != "param_ratio" else "ratio", ratio)
     _checks.check_nonnegative(call, "eps", eps)
     factor = scheduled(ratio)
+    times = operator.mul if isinstance(eps, float) and eps > 0 else _numerics.times
 
     def update(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del extra
         _checks.check_params(call, params, "its limit is relative to their size")
         value, memory = factor.update(sizes, memory)
-        return jax.tree.map(lambda w: value * jnp.maximum(w, jnp.asarray(eps, w.dtype)), measure(params)), memory
+        return jax.tree.map(lambda w: times(value, jnp.maximum(w, jnp.asarray(eps, w.dtype))), measure(params)), memory
 
     return Threshold(factor.init, update)
 

@@ -76,7 +76,7 @@ def clippy(
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         _checks.check_params("clippy", params, "its limit is relative to them", updates)
         own = own_state(state, lambda: knobs.init(updates))
-        (rel, least), memory = knobs.update(jnp.zeros((), jnp.float32), own.rule)
+        (rel, least), memory = knobs.update(list(filter(_numerics.is_gradient, jax.tree.leaves(updates))), own.rule)
         sizes = lambda updates: measure(jax.tree.map(partial(_ratio, rel, least), updates, params))
         out, after = clipper(sizes, memory).update(updates, own, params, **extra)
         return out, after._replace(stats=jax.tree.map(_in_ones, after.stats)) if own is state else state
@@ -88,7 +88,7 @@ def _ratio(rel: jax.Array, least: jax.Array, update: Any, param: Any) -> Any:
     if not _numerics.is_gradient(update):
         return update
     size = jnp.abs(jnp.asarray(update)).astype(_numerics.accumulator(update))
-    bound = rel.astype(size.dtype) * jnp.abs(jnp.asarray(param)).astype(size.dtype) + least.astype(size.dtype)
+    bound = _numerics.times(rel, jnp.abs(jnp.asarray(param)).astype(size.dtype)) + least.astype(size.dtype)
     bound = jnp.where(bound >= 0, jnp.where(size == 0, 1, bound), jnp.nan)
     small = bound < 1
     ratio = jnp.where(small, size, size * _UNIT) / jnp.where(small, bound / _UNIT, bound)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped, history
 from optclip._rules import Threshold
@@ -52,7 +52,7 @@ def ema_ratio(
         return Ema(jnp.zeros_like(size))
 
     def limit(size: jax.Array, inner: Ema, count: jax.Array, ratio: Any) -> jax.Array:
-        return jnp.where(count > 0, jnp.asarray(ratio, size.dtype) * inner.mean, jnp.inf)
+        return jnp.where(count > 0, _numerics.times(ratio, inner.mean), jnp.inf)
 
     def feed(value: jax.Array, inner: Ema, count: jax.Array) -> Ema:
         weight = jnp.maximum(1 - decay, 1 / (count.astype(value.dtype) + 1))
@@ -88,8 +88,8 @@ def clip_by_ema(
     When to use: an adaptive limit with one number of memory and one to choose.
 
     Args:
-      ratio: > 1, a factor on the average norm (torchzero: 1.5): a number, a traced scalar, or a schedule.
-      decay: in [0, 1), per step (torchzero: 0.99).
+      ratio: > 1, a factor on the average norm: a number, a traced scalar, or a schedule.
+      decay: in [0, 1), per step.
       measure: the scope, see `optclip.measures`; None for `global_norm`.
       feeding: what enters the average; None for `clipped`, the norm after the clip.
       warmup: steps that only collect (25, as ZClip).
@@ -98,14 +98,15 @@ def clip_by_ema(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean``, one float32 per size.
 
-    Guarantees: never stuck: a lasting shift of the level is accepted within ``patience + warmup`` steps.
+    Guarantees: a shift of the level that puts ``patience`` norms in a row beyond the limit is accepted within
+      ``patience + warmup`` steps. A norm within the limit starts the count anew; the average then climbs to the level.
 
     Edge cases: the first step passes. Zero, NaN and infinite norms do not enter the average.
 
     Departures: many codes have this rule, no paper; the plain mean until 1 / (1 - decay) values are in replaces a
       start at the first norm. ``patience=None`` turns the escape off.
 
-    References: torchzero, ``ClipNormByEMA``.
+    References: none. torchzero's ``ClipNormByEMA`` is another rule: it clips to the norm of the average gradient.
 
     Example:
       >>> tx = optax.chain(clip_by_ema(2.0), optax.adamw(1e-3))

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
 from optclip._memories import Window, empty, moments_of, push
@@ -60,7 +60,7 @@ def window_zscore(
 
     def limit(size: jax.Array, inner: Window, count: jax.Array, z: Any) -> jax.Array:
         mean, std = moments_of(inner, ddof)
-        return mean + jnp.asarray(z, size.dtype) * jnp.maximum(std, jnp.asarray(eps, size.dtype))
+        return mean + _numerics.times(z, jnp.maximum(std, jnp.asarray(eps, size.dtype)))
 
     return history(
         init, limit, push, knob=z, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,

@@ -77,8 +77,8 @@ def mars_clip(
         return MarsState(clip.init(params), knob.init(params), _elementwise.counts(params), last)
 
     def update(updates: Any, state: MarsState, params: Any = None, **extra: Any) -> tuple[Any, MarsState]:
-        (strength,), step = knob.update(jnp.zeros((), jnp.float32), state.step)
         leaves, treedef = jax.tree.flatten(updates)
+        (strength,), step = knob.update(list(filter(_numerics.is_gradient, leaves)), state.step)
         last = treedef.flatten_up_to(state.last)
         weights = jnp.where(state.count > 0, strength * b1 / (1 - b1), 0)
         corrected = treedef.unflatten(map(_correct, leaves, last, weights))

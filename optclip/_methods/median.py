@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, history, raw
 from optclip._memories import Window, empty, held, push, smallest
@@ -79,7 +79,7 @@ def median_ratio(
         return Median(new.values, jnp.where(drawn, jnp.where(first, 2 * middle, middle), inner.median))
 
     def limit(size: jax.Array, inner: Median, count: jax.Array, ratio: Any) -> jax.Array:
-        return jnp.asarray(ratio, size.dtype) * feed(size, inner, count).median
+        return _numerics.times(ratio, feed(size, inner, count).median)
 
     return history(
         init, limit, feed, knob=ratio, feeding=feeding, warmup=warmup, warmup_limit=warmup_limit, patience=patience,
@@ -109,7 +109,8 @@ def clip_by_median(
       window: >= 4, norms remembered, and steps between two estimates (icefall: 100).
       measure: the scope, see `optclip.measures`; None for `global_norm`.
       feeding: what enters the window; None for `raw`, the norm before the clip.
-      warmup: steps that only collect; the first estimate is after 10 in any case, doubled until the window is full.
+      warmup: steps that only collect; the first estimate is after 10 in any case (``window``, if that is less), doubled
+        until the window is full.
       warmup_limit: the static limit during warm-up, in units of the norm.
       patience: clips in a row after which the window starts afresh, and zeros do not enter it; None for neither.
 
@@ -118,7 +119,8 @@ def clip_by_median(
 
     Guarantees: a lasting shift of the level is accepted within 1.5 * window steps.
 
-    Edge cases: the first 10 steps pass. Zero, NaN and infinite norms do not enter the window.
+    Edge cases: the first 10 steps (``window``, if that is less) pass. Zero, NaN and infinite norms do not enter the
+      window.
 
     Departures: icefall weighs each leaf by the root mean square of its parameters; here ``measure`` says how large.
       It zeroes the gradient if the norm is NaN; here it becomes NaN (see `skip_nonfinite`). Zeros enter there

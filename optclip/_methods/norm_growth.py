@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped, history
 from optclip._rules import Threshold
@@ -41,7 +41,7 @@ def growth_ratio(
         return Last(jnp.zeros_like(size))
 
     def limit(size: jax.Array, inner: Last, count: jax.Array, ratio: Any) -> jax.Array:
-        return jnp.where(count > 0, jnp.asarray(ratio, size.dtype) * inner.norm, jnp.inf)
+        return jnp.where(count > 0, _numerics.times(ratio, inner.norm), jnp.inf)
 
     def feed(value: jax.Array, inner: Last, count: jax.Array) -> Last:
         del inner, count
@@ -68,8 +68,8 @@ def norm_growth_limiter(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.norm``: two int32 and one float32 per size.
 
-    Guarantees: never stuck. A norm up to 4 times the limit is climbed to by 1% a step, as in the papers (140 steps); a
-      larger one is accepted after ``patience`` steps.
+    Guarantees: never stuck. After ``patience`` norms in a row over 4 times the limit one passes; else a new level is
+      climbed to by 1% a step, as in the papers (140 steps for 4 times).
 
     Edge cases: the first step passes. Zero, NaN and infinite norms are not remembered, so a leaf that was zero goes on
       from its last norm. A NaN or an infinity makes the updates of its own leaf NaN.

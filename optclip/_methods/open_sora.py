@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, accepted, history
 from optclip._memories import Moments, mixed
@@ -37,7 +37,8 @@ def ema_sigma(
 
     Memory: 4 numbers per size (`History` with ``inner.mean`` and ``inner.std``, float32[S]).
 
-    Guarantees: a new level is accepted within ``patience + 1`` steps.
+    Guarantees: a new level that is beyond the limit ``patience`` times in a row is accepted within ``patience + 1``
+      steps.
 
     Example:
       >>> tx = clip_by(leaf_norm, ema_sigma(3.0, first_limit=jnp.inf))
@@ -51,7 +52,7 @@ def ema_sigma(
 
     def limit(size: jax.Array, inner: Moments, count: jax.Array, sigmas: Any) -> jax.Array:
         del count
-        return inner.mean + jnp.asarray(sigmas, size.dtype) * inner.std
+        return inner.mean + _numerics.times(sigmas, inner.std)
 
     def feed(value: jax.Array, inner: Moments, count: jax.Array) -> Moments:
         tripled = jnp.minimum(3 * value, jnp.finfo(value.dtype).max)
@@ -97,7 +98,8 @@ def clip_by_ema_sigma(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean`` and ``inner.std``: 4 numbers per size.
 
-    Guarantees: a lasting shift of the level is accepted within ``patience + 1`` steps.
+    Guarantees: a shift of the level that puts ``patience`` norms in a row beyond the limit is accepted within
+      ``patience + 1`` steps. A norm within the limit starts the count anew, and is all that the averages then see.
 
     Edge cases: there is no warm-up but the first step. Zero, NaN and infinite norms do not enter the averages.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import history
 from optclip._rules import Threshold
@@ -46,7 +46,8 @@ def quantile_tracker(
     Memory: 3 numbers per size (`History` with `Quantile`). There is no ``feeding`` to choose: only whether a size is
     beyond q enters, and no spike, however high, moves it by more than a factor exp(rate * quantile).
 
-    Guarantees: a new level is accepted, to a factor of exp(rate), within ``patience + warmup`` steps.
+    Guarantees: a new level that is beyond the limit ``patience`` times in a row is accepted, to a factor of exp(rate),
+      within ``patience + warmup`` steps.
 
     Example:
       >>> tx = clip_by(leaf_norm, quantile_tracker(0.9))
@@ -60,7 +61,7 @@ def quantile_tracker(
 
     def limit(size: jax.Array, inner: Quantile, count: jax.Array, ratio: Any) -> jax.Array:
         del count
-        return jnp.asarray(ratio, size.dtype) * inner.estimate
+        return _numerics.times(ratio, inner.estimate)
 
     def feed(value: jax.Array, inner: Quantile, count: jax.Array) -> Quantile:
         info, dtype = jnp.finfo(value.dtype), value.dtype
@@ -103,7 +104,8 @@ def clip_by_quantile(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.estimate``: 3 numbers per size.
 
-    Guarantees: a lasting shift of the level is accepted, to a factor of exp(rate), within ``patience + warmup`` steps.
+    Guarantees: a shift of the level that puts ``patience`` norms in a row beyond the limit is accepted, to a factor of
+      exp(rate), within ``patience + warmup`` steps.
 
     Edge cases: the first step passes. Zero, NaN and infinite norms do not move q.
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks, _elementwise
+from optclip import _checks, _elementwise, _numerics
 from optclip._clip import ClipState, cast_tree, respond
 from optclip._history import Feed, clipped
 from optclip._rules import Threshold, scheduled
@@ -71,7 +71,7 @@ def spike_ratio(
         for i, (size, rms) in enumerate(zip(leaves, treedef.flatten_up_to(memory.rms), strict=True)):
             free = memory.count[i] < warmup
             free = free | (rms == 0) if wake else free
-            allowed = jnp.where(free, jnp.inf, jnp.sqrt(value).astype(rms.dtype) * rms)
+            allowed = jnp.where(free, jnp.inf, _numerics.times(jnp.sqrt(value), rms))
             fed = feeding(size, allowed)
             moment = _elementwise.root_mean(decay, rms, jnp.where(jnp.isfinite(fed), fed, rms))
             limits.append(jnp.where(fine[i], allowed, jnp.nan))

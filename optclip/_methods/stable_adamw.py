@@ -59,7 +59,7 @@ def stable_adamw_clip(
     State: `StableAdamWState`: one float32 array and one int32 per leaf, the clip's own, for an optimizer does not show
       its moments, and the state of ``inner``. ``clip.stats.sizes`` are the RMS_i.
 
-    Guarantees: no step grows. RMS_i is at most sqrt(1 / (1 - decay)) = 10, so none shrinks by more than 10 * max_rms;
+    Guarantees: no step grows. RMS_i is at most sqrt(1 / (1 - decay)) = 10, so none shrinks by more than 10 / max_rms;
       never stuck.
 
     Edge cases: the first step has RMS 1 and passes, to rounding. Elements far below ``eps`` count less. A NaN or an

@@ -43,8 +43,8 @@ def adaclip(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean``: two int32 and one float32 per leaf.
 
-    Guarantees: no element is larger than the average; elements within it are bit-equal to the input. A new level over
-      4 times the average is accepted after ``patience`` steps, a smaller one is followed by 1 - decay of the way a
+    Guarantees: no element is larger than the average; elements within it are bit-equal to the input. After ``patience``
+      maxima in a row over 4 times the average the new level is accepted; else it is followed by 1 - decay of the way a
       step, as in the paper.
 
     Edge cases: the first step passes. Zero, NaN and infinite maxima do not enter. A NaN or an infinity makes the

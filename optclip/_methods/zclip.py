@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped, history
 from optclip._memories import Moments, mixed
@@ -66,7 +66,8 @@ def zscore(
 
     Memory: 4 numbers per size (`History` with ``inner.mean`` and ``inner.std``, float32[S]).
 
-    Guarantees: a new level is accepted within ``patience + warmup`` steps.
+    Guarantees: a new level that is beyond the limit ``patience`` times in a row is accepted within
+      ``patience + warmup`` steps.
 
     Example:
       >>> tx = clip_by(leaf_norm, zscore(3.0, target=to_max))
@@ -85,7 +86,7 @@ def zscore(
         del count
         z, std = jnp.asarray(z, size.dtype), inner.std
         unit = std + jnp.asarray(eps, size.dtype)
-        bound = inner.mean + z * unit
+        bound = inner.mean + _numerics.times(z, unit)
         score = jnp.where(size > bound, (size - inner.mean) / unit, z)
         return jnp.where(size > bound, jnp.minimum(target(inner.mean, std, score, z), bound), bound)
 
@@ -142,8 +143,9 @@ def zclip(
 
     State: `ClipState`; ``rule`` is a `History` with ``inner.mean`` and ``inner.std``: 4 numbers per size.
 
-    Guarantees: the paper's trajectory as long as there are no ``patience`` clips in a row. A lasting shift of the level
-      is accepted within ``patience + warmup`` steps.
+    Guarantees: the paper's trajectory as long as there are no ``patience`` clips in a row. A shift of the level that
+      puts ``patience`` norms in a row beyond the limit is accepted within ``patience + warmup`` steps; a norm within
+      the limit starts the count anew.
 
     Edge cases: the first ``warmup`` steps pass. Zero, NaN and infinite norms do not enter the averages. Recorded limits
       of steps that were not clipped are m + z * (s + eps).

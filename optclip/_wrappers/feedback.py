@@ -165,7 +165,7 @@ def _track(inner: optax.GradientTransformation, decay: Any) -> optax.GradientTra
     clipper = takes_extra_args(inner)
 
     def move(v: jax.Array, g: jax.Array, apart: jax.Array, step: jax.Array) -> jax.Array:
-        w, g = (1 - jnp.asarray(decay, jnp.float32)).astype(v.dtype), g.astype(v.dtype)
+        w, g = (1 - jnp.asarray(decay, jnp.finfo(v.dtype).dtype)).astype(v.dtype), g.astype(v.dtype)
         mixed = jnp.where(w == 1, g, w * g + (1 - w) * v)  # v + (g - v) would not be g
         return jnp.where(step == apart, mixed, v + w * step)
 

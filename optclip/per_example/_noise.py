@@ -109,7 +109,7 @@ def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2
     Args:
       limit: > 0, a float32 scalar, or a tree of them, one per group.
       unclipped: in [0, 1], of the same structure: `unclipped_fraction`, with noise of its own if the limit is to be
-        private (its sensitivity is 1 / expected batch size).
+        private (its sensitivity is 1 / expected batch size). NaN, of no examples, keeps the limit.
       quantile: in [0, 1], the target (gamma; paper: 0.5).
       rate: > 0, per step (eta_C; paper: 0.2).
 
@@ -121,7 +121,8 @@ def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2
       1.0
     """
     _checks.check_limits("adapt_limit", "limit", limit)
-    return jax.tree.map(lambda c, b: c * jnp.exp(-rate * (jnp.clip(b, 0, 1) - quantile)), limit, unclipped)
+    step = lambda b: jnp.where(jnp.isnan(b), 0, jnp.clip(b, 0, 1) - quantile)
+    return jax.tree.map(lambda c, b: c * jnp.exp(-rate * step(b)), limit, unclipped)
 
 
 def split_budget(max_norm: Any, groups: Any) -> Any:

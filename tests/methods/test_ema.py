@@ -1,4 +1,4 @@
-"""A multiple of the moving average of the norm: torchzero's rule, with a plain mean at the start."""
+"""A multiple of the moving average of the norm, with a plain mean at the start."""
 
 import numpy as np
 import pytest

@@ -142,6 +142,14 @@ def test_adaptive_limit_is_the_papers():
     assert float(groups["a"]) == pytest.approx(np.exp(-0.1)) and float(groups["b"]) == pytest.approx(2 * np.exp(0.1))
 
 
+def test_a_batch_of_padding_only_keeps_the_adaptive_limit():
+    loss = lambda p, x: jnp.sum(p * x)
+    padded = per_example.clipped_value_and_grad(loss, 1.0, reduction="sum")
+    (_, seen), grads = padded(jnp.ones(3), jnp.ones((4, 3)), example_mask=jnp.zeros(4, bool))
+    assert not np.any(grads) and np.isnan(per_example.unclipped_fraction(seen))
+    assert float(adapt_limit(2.0, per_example.unclipped_fraction(seen))) == 2.0
+
+
 def test_budgets_add_up():
     params = {"a": jnp.zeros((3, 4)), "b": {"c": jnp.zeros(5), "d": jnp.zeros(1)}}
     for budget in (split_budget(2.0, params), split_budget_by_size(2.0, params), split_budget(2.0, {"a": 0, "b": 0})):
