@@ -66,28 +66,31 @@ def clip_by(
     def measured(updates: Updates) -> Sizes:
         return one_at_least(measure(updates))
 
-    def allowed(sizes: Sizes, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
+    def rule_for(updates: Updates) -> Threshold:
+        return rule.at(updates) if rule.at else rule
+
+    def allowed(rule: Threshold, sizes: Sizes, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
         limits, memory = rule.update(sizes, memory, params, **extra)
         return limits if jax.tree.leaves(limits) else jnp.full((), jnp.inf, jnp.float32), memory
 
     def init(params: Any) -> ClipState:
         with _mesh.shapes_only():
-            sizes = jax.eval_shape(measured, params)
-            memory = rule.init(sizes)
+            sizes, here = jax.eval_shape(measured, params), rule_for(params)
+            memory = here.init(sizes)
             if not record:
                 return ClipState(memory, None)
-            limits, _ = jax.eval_shape(allowed, sizes, memory, params)
+            limits, _ = jax.eval_shape(partial(allowed, here), sizes, memory, params)
         if hasattr(response, "factor") and jax.tree.leaves(params):  # not so for Optax's placeholder for parameters
             _check_shapes(zip(_spread("sizes", sizes, params), _spread("limits", limits, params), strict=True))
         fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
         return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
-        sizes = measured(updates)
-        own = own_state(state, lambda: rule.init(sizes))
+        sizes, here = measured(updates), rule_for(updates)
+        own = own_state(state, lambda: here.init(sizes))
         if own.stats is not None:
             check_sizes(sizes, own.stats)
-        limits, memory = allowed(sizes, own.rule, params, **extra)
+        limits, memory = allowed(here, sizes, own.rule, params, **extra)
         after = ClipState(cast_tree(memory, own.rule), stats_after(sizes, limits, own.stats))
         return respond(response, updates, sizes, limits), after if own is state else state
 

@@ -52,10 +52,11 @@ def cast_like(x: jax.Array, like: Any) -> jax.Array:
     return x.astype(dtype)
 
 
-def times(factor: Any, size: jax.Array) -> jax.Array:
-    """``factor * size``, a limit: infinite for an infinite factor, which turns a clip off, also where the size is 0."""
-    factor = jnp.asarray(factor, size.dtype)
-    return jnp.where(factor == jnp.inf, factor, factor * size)
+def times(factor: Any, sizes: Any) -> Any:
+    """``factor * size`` for a tree of sizes; infinite for an infinite factor, also where a size is 0."""
+    off = factor == jnp.inf
+    scale, lift = jnp.where(off, 1, factor), jnp.where(off, jnp.inf, 0)
+    return jax.tree.map(lambda s: scale.astype(s.dtype) * s + lift.astype(s.dtype), sizes)
 
 
 def over(x: jax.Array, largest: jax.Array) -> jax.Array:

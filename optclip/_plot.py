@@ -89,11 +89,12 @@ def _read(source: Any) -> tuple[_Series | None, ObserveState | None]:
     return _Series(steps, norm.astype(np.float64), limit, clipped, parts, part_names(state)), state
 
 
-def _from_summaries(table: Mapping[str, Any]) -> _Series:
+def _from_summaries(summaries: Mapping[str, Any]) -> _Series:
+    table = {k: np.atleast_1d(np.asarray(v)) for k, v in summaries.items()}
     name = next(k for k in table if k.endswith("/preclip_norm")).removesuffix("/preclip_norm")
-    norm, limit, clipped = (np.asarray(table[f"{name}/{k}"]) for k in ("preclip_norm", "limit", "clipped"))
+    norm, limit, clipped = (table[f"{name}/{k}"] for k in ("preclip_norm", "limit", "clipped"))
     paths = [k for k in table if k.startswith(f"{name}/preclip_norm/") and np.ndim(table[k]) == 1]
-    parts = np.stack([np.asarray(table[k]) for k in paths], 1) if paths else np.zeros((len(norm), 0))
+    parts = np.stack([table[k] for k in paths], 1) if paths else np.zeros((len(norm), 0))
     names = [k.removeprefix(f"{name}/preclip_norm/") for k in paths]
     return _Series(np.arange(len(norm)), norm.astype(np.float64), limit, clipped.astype(bool), parts, names)
 

@@ -5,7 +5,6 @@ as long as the clip itself (9.9 ms instead of 5.0 ms for AdaGC); a checkpoint ha
 """
 
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, Self
@@ -30,6 +29,14 @@ class Packed:
     treedef: Any
     single: tuple[bool, ...]  # which leaves are scalars
 
+    def __reduce__(self) -> Any:  # a treedef of containers of others cannot be pickled, a tree can
+        tree = self.treedef.unflatten(range(len(self.single)))
+        return _packed, (self.numbers, self.arrays, tree, self.single)
+
+
+def _packed(numbers: Any, arrays: tuple[Any, ...], tree: Any, single: tuple[bool, ...]) -> Packed:
+    return Packed(numbers, arrays, jax.tree.structure(tree), single)
+
 
 class _Stats(NamedTuple):
     sizes: Sizes
@@ -40,7 +47,8 @@ class _Stats(NamedTuple):
 class ClipStats(_Stats):
     """What the last step measured and allowed, before the clip.
 
-    Several scalars are one leaf of a state, a vector; attributes and items are the trees.
+    Several scalars are one leaf of a state, a vector; attributes and items are the trees. Therefore ``optax.tree.set``
+    does not get through a state with them (ValueError); set ``state.hyperparams[name]`` instead.
 
     Attributes:
       sizes: the pre-clip sizes, a prefix tree of the updates, float32 (float64).
@@ -74,8 +82,8 @@ class ClipStats(_Stats):
         sizes, limits = tuple.__iter__(self)
         return f"ClipStats(sizes={sizes!r}, limits={limits!r})"
 
-    def __deepcopy__(self, memo: Any) -> Self:  # as it is; the constructor would not pack what a vmap stacked
-        return jax.tree.map(lambda x: deepcopy(x, memo), self)
+    def __reduce__(self) -> Any:  # to copy and to pickle as it is; the constructor would not pack what a vmap stacked
+        return ClipStats.tree_unflatten, (None, tuple(tuple.__iter__(self)))
 
     def tree_flatten_with_keys(self) -> tuple[Any, None]:
         keys = map(jax.tree_util.GetAttrKey, self._fields)
@@ -107,7 +115,12 @@ def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStat
 def cast_tree(new: Any, old: Any) -> Any:
     """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
     check_fits("updates", new, old)
-    return jax.tree.map(lambda n, o: jnp.asarray(n).astype(jnp.result_type(o)), new, old)
+
+    def one(n: Any, o: Any) -> Any:
+        dtype = jnp.result_type(o)
+        return n if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(n).astype(dtype)
+
+    return jax.tree.map(one, new, old)
 
 
 def _shapes(kept: Any) -> Any:

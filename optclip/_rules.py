@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
+from optclip._recorded import plain
 from optclip._vectors import pack
+from optclip.selection import PerLeaf
 
 
 class Threshold(NamedTuple):
@@ -18,10 +20,12 @@ class Threshold(NamedTuple):
       init: ``sizes -> memory``, where only shapes and dtypes of ``sizes`` may be used.
       update: ``(sizes, memory, params, **extra) -> (limits, memory)``. A limit is one number or has the shape of its
         size (any that fits the update, for responses that go by element); limits may lie deeper in the tree.
+      at: ``updates -> rule``, for a rule that depends on their tree; None for one that does not.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
+    at: Callable[[Any], Any] | None = None
 
 
 def fixed(limit: Any, *, call: str = "fixed", name: str = "limit") -> Threshold:
@@ -29,12 +33,13 @@ def fixed(limit: Any, *, call: str = "fixed", name: str = "limit") -> Threshold:
 
     Args:
       limit: > 0; a number, a traced scalar, a schedule from the step count, or a prefix tree of the updates of these
-        (one limit per group; ``inf`` for leaves that are measured but not scaled).
+        (one limit per group; ``inf`` for leaves that are measured but not scaled), or `optclip.by_path` or
+        `optclip.by_leaf`, which make such a tree of the updates.
       call: the name of the method, for error messages.
       name: the name of its argument, likewise.
 
     Memory:
-      An int32 step count if there is a schedule, else nothing.
+      An int32 step count if there is a schedule or a function of the updates, else nothing.
 
     Example:
       >>> rule = fixed(1.0)
@@ -42,12 +47,22 @@ def fixed(limit: Any, *, call: str = "fixed", name: str = "limit") -> Threshold:
       1.0
     """
     _checks.check_limits(call, name, limit)
-    return scheduled(limit)
+    if not isinstance(limit, PerLeaf):
+        return scheduled(limit)
+
+    def at(updates: Any) -> Threshold:
+        limits = limit(updates)
+        if jax.tree.leaves(limits):
+            _checks.check_limits(call, name, limits)
+        return scheduled(limits, counted=True)
+
+    return scheduled(limit)._replace(at=at)
 
 
-def scheduled(limit: Any) -> Threshold:
-    """A tree of numbers and schedules as a rule; the memory is a step count if there is a schedule."""
-    counted = any(callable(x) for x in jax.tree.leaves(limit))
+def scheduled(limit: Any, counted: bool = False) -> Threshold:
+    """A tree of numbers and schedules as a rule; the memory is a step count if there is a schedule, or ``counted``."""
+    limit = plain(limit)
+    counted = counted or any(callable(x) for x in jax.tree.leaves(limit))
 
     def init(sizes: Any) -> Any:
         del sizes

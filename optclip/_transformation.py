@@ -26,7 +26,8 @@ def transformation(
 def takes_extra_args(tx: Any) -> optax.GradientTransformationExtraArgs:
     """``tx``, with an update that may be given extra arguments.
 
-    Optax itself passes them on to its own type alone, not to ``optax.MultiSteps``, whose update does take them.
+    Optax itself passes them on to its own type alone; here the ``**`` in the signature of ``update`` decides, which
+    ``optax.MultiSteps`` has.
     """
     if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(tx.update).parameters.values()):
         return transformation(tx.init, tx.update)

@@ -36,6 +36,8 @@ def clip_tree(
       >>> float(norm), [round(float(x), 6) for x in clipped["w"]]
       (5.0, [0.6, 0.8])
     """
+    if callable(max_norm):
+        raise TypeError(f"clip_tree: max_norm must be a number, for there is no step for a schedule, got {max_norm!r}")
     _checks.check_positive("clip_tree", "max_norm", max_norm)
     if norm is None:
         norm = global_norm(tree, ord, axis_name=axis_name)

@@ -6,7 +6,7 @@ where                                         what
 ``optax.masked(clipper, by_path(...))``       booleans: the leaves to clip; the others pass untouched
 ``clip_by_group_norm(1.0, by_path(...))``     labels: the leaves that share a norm
 ``optax.partition(txs, by_path(...))``        labels: the transformation of each leaf
-``clip_by_global_norm(by_path(...)(params))`` numbers or schedules: the limit of each leaf
+``clip_by_global_norm(by_path(...))``         numbers or schedules: the limit of each leaf
 ``axis_name=by_path(...)``                    names of mesh axes, None for replicated leaves
 ============================================= =======================================================
 """
@@ -14,9 +14,11 @@ where                                         what
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 __all__ = ["by_leaf", "by_path"]
@@ -59,13 +61,24 @@ def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
       {'bias': 'adamw', 'embed': 'adamw', 'kernel': 'muon'}
     """
 
-    def chosen(tree: Any) -> Any:
+    return PerLeaf(choose)
+
+
+@dataclass(frozen=True)
+class PerLeaf:
+    """What `by_path` and `by_leaf` return: a function from a tree to a value per leaf, which is no schedule."""
+
+    choose: Callable[[str, Any], Any]
+
+    def __call__(self, tree: Any) -> Any:
+        if isinstance(tree, int) or (getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.integer)):
+            raise TypeError(
+                "by_path and by_leaf give a value to each leaf of a tree, and no number per step: here is one"
+            )
         leaves, treedef = jax.tree.flatten_with_path(tree)
         places = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode))
         names = path_strings([path for path, _ in leaves], [path for path, _ in places])
-        return treedef.unflatten(map(choose, names, [leaf for _, leaf in leaves]))
-
-    return chosen
+        return treedef.unflatten(map(self.choose, names, [leaf for _, leaf in leaves]))
 
 
 def path_strings(paths: Sequence[Any], places: Sequence[Any] | None = None) -> list[str]:

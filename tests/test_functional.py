@@ -58,6 +58,8 @@ def test_a_traced_limit_and_a_bad_one():
         np.testing.assert_allclose(oracles.global_norm(clip(limit)), limit, rtol=1e-6)
     with pytest.raises(ValueError, match=r"clip_tree\(max_norm=-1.0\): max_norm must be > 0"):
         optclip.clip_tree(GRADS[0], -1.0)
+    with pytest.raises(TypeError, match="clip_tree: max_norm must be a number, for there is no step for a schedule"):
+        optclip.clip_tree(GRADS[0], lambda step: 1.0)
 
 
 def test_infinity_may_be_spelt_as_in_pytorch():

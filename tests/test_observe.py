@@ -255,6 +255,14 @@ def test_found_wherever_it_is_nested():
         optclip.advise(optax.adam(1e-3).init(params))
 
 
+def test_an_inner_state_may_hold_a_random_key():
+    noise = optclip.per_example.add_gaussian_noise(1.0, 1.0, 8, key=0)
+    tx, grads = optclip.observe(noise), {"w": jnp.ones(4)}
+    update, state = jax.jit(tx.update)(grads, tx.init(grads))
+    chex.assert_trees_all_close(update, noise.update(grads, noise.init(grads))[0], rtol=1e-6)
+    assert not jnp.array_equal(jax.random.key_data(state.inner.key), jax.random.key_data(noise.init(grads).key))
+
+
 def test_goes_on_from_a_state_of_numpy_arrays():
     params = {"w": jnp.ones(3)}
     tx = optclip.observe(history=2)

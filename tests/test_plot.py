@@ -145,7 +145,7 @@ def test_odd_sources_are_named_or_drawn():
     tx = optclip.clip_by_global_norm(1.0)
     _, state = tx.update(jnp.ones(4), tx.init(jnp.ones(4)))
     step = optclip.summary(state)
-    for source in ([{**step, "eval": 1.0}, step], (step, step)):
+    for source in ([{**step, "eval": 1.0}, step], (step, step), step):
         assert optclip.plot(source).axes
     for source, error, words in (
         ([], ValueError, "the list is empty"),

@@ -155,7 +155,11 @@ def ways():
 
 def test_a_copy_of_a_vmapped_state_has_its_structure():
     state = stacked()[2]
-    assert jax.tree.structure(copy.deepcopy(state)) == jax.tree.structure(state)
+    frozen = jax.vmap(optclip.clip_by_leaf_norm(1.0).init)(FrozenDict({"a": jnp.ones((3, 2)), "b": jnp.ones((3, 4))}))
+    for one in (state, frozen):
+        for again in (copy.deepcopy(one), copy.copy(one), pickle.loads(pickle.dumps(one))):
+            assert jax.tree.structure(again) == jax.tree.structure(one)
+            assert_bits(again, one)
 
 
 @pytest.mark.parametrize(("name", "through"), list(ways()), ids=lambda x: x if isinstance(x, str) else "")

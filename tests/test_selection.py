@@ -111,7 +111,8 @@ def test_agc_without_the_last_layer():
 def test_leaves_that_count_in_the_norm_but_are_not_scaled(limits):
     factor = 1 / norm(*jax.tree.leaves(GRADS))
     expected = jax.tree.map(lambda x: x if x.ndim == 2 else x * np.float32(factor), GRADS)
-    chex.assert_trees_all_close(apply(optclip.clip_by_global_norm(limits(PARAMS))), expected, rtol=1e-6)
+    for limit in (limits, limits(PARAMS)):
+        chex.assert_trees_all_close(apply(optclip.clip_by_global_norm(limit)), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -119,18 +120,67 @@ def test_leaves_that_count_in_the_norm_but_are_not_scaled(limits):
     [
         optclip.clip_by_group_norm({"dense": 1.0, "head": 0.1}),
         optclip.clip_by_group_norm(by_path({"^dense/": 1.0}, 0.1)(PARAMS), by_path({"^dense/": "dense"}, "head")),
+        optclip.clip_by_group_norm(by_path({"^dense/": 1.0}, 0.1), by_path({"^dense/": "dense"}, "head")),
         optax.partition(
             {"dense": optclip.clip_by_global_norm(1.0), "head": optclip.clip_by_global_norm(0.1)},
             by_path({"^dense/": "dense"}, "head"),
         ),
     ],
-    ids=["prefix", "patterns", "partition"],
+    ids=["prefix", "tree of patterns", "patterns", "partition"],
 )
 def test_a_limit_for_each_group(tx):
     expected = {
         k: scaled(v, limit / norm(*jax.tree.leaves(v))) for (k, v), limit in zip(GRADS.items(), [1.0, 0.1], strict=True)
     }
     chex.assert_trees_all_close(apply(tx), expected, rtol=1e-6)
+
+
+LIMIT_TREE = {"dense": {"bias": 0.2, "kernel": 0.3}, "head": 0.3}
+LIMITED = {
+    "clip": optclip.clip,
+    "clip, upper": lambda limit: optclip.clip(lower=-0.1, upper=limit),
+    "leaf": optclip.clip_by_leaf_norm,
+    "unit": optclip.clip_by_unit_norm,
+    "block": optclip.clip_by_block_rms,
+    "delta": optclip.delta_gclip,
+    "mars": optclip.mars_clip,
+    "median": optclip.track_median,
+    "normalize": optclip.normalize_by_update_norm,
+    "stable": lambda limit: optclip.stable_adamw_clip(optax.sgd(1.0), limit),
+    "spikes": lambda limit: optclip.skip_spikes(optax.sgd(1.0), limit),
+    "masked": lambda limit: optax.masked(optclip.clip_by_leaf_norm(limit), True),
+    "observed": lambda limit: optclip.observe(optclip.clip_by_leaf_norm(limit)),
+}
+
+
+@pytest.mark.parametrize("make", list(LIMITED.values()), ids=list(LIMITED))
+def test_limits_by_path_are_those_of_the_tree_it_makes(make):
+    tx = make(by_path({"bias$": 0.2}, 0.3))
+    state = tx.init(PARAMS)
+    update, after = jax.jit(tx.update)(GRADS, state, PARAMS)
+    chex.assert_trees_all_close(update, apply(make(LIMIT_TREE)), rtol=1e-6)
+    chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+    chex.assert_trees_all_equal(optax.tree.map_params(tx, lambda x: x, after), after)
+
+
+def test_limits_by_path_may_be_schedules_and_are_checked():
+    tx = optclip.clip_by_leaf_norm(by_path({"bias$": lambda step: 0.1 * (step + 1)}, 0.3))
+    state = tx.init(PARAMS)
+    for limit in (0.1, 0.2):
+        update, state = tx.update(GRADS, state)
+        np.testing.assert_allclose(norm(update["dense"]["bias"]), limit, rtol=1e-6)
+        np.testing.assert_allclose(norm(update["dense"]["kernel"]), 0.3, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"clip_by_leaf_norm\(max_norm=-1.0\): max_norm must be > 0"):
+        optclip.clip_by_leaf_norm(by_path({"bias$": -1.0}, 1.0)).init(PARAMS)
+
+
+def test_a_choice_per_leaf_is_no_schedule():
+    choice = by_path({"bias$": 0.2}, 0.3)
+    for make in (optclip.adaptive_grad_clip, optclip.zclip, optax.inject_hyperparams(optclip.clip_by_leaf_norm)):
+        with pytest.raises(TypeError, match="by_path and by_leaf give a value to each leaf of a tree"):
+            apply(make(choice))
+    with pytest.raises(TypeError, match=r"clip_tree: max_norm must be a number.*got PerLeaf"):
+        optclip.clip_tree(GRADS, choice)
 
 
 def test_statistics_of_fp8_are_left_alone():
@@ -168,9 +218,17 @@ def test_paths_of_nnx():
     values = jax.tree.leaves(updates)
     np.testing.assert_allclose(norm(*(x for x in values if x.ndim == 2)), 1.0, rtol=1e-6)
     assert all(np.all(x == 1) for x in values if x.ndim == 1)
-    limits = by_path({"^head": jnp.inf}, 1.0)(params)
-    exempt = apply(optclip.clip_by_global_norm(limits), grads, params)
-    chex.assert_trees_all_equal(exempt["head"], grads["head"])
+    limits = by_path({"^head": jnp.inf}, 1.0)
+    for limit in (limits, limits(params)):
+        exempt = apply(optclip.clip_by_global_norm(limit), grads, params)
+        chex.assert_trees_all_equal(exempt["head"], grads["head"])
+        model = Net(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, optclip.clip_by_leaf_norm(limit), wrt=nnx.Param)
+        before = nnx.state(model, nnx.Param)
+        optimizer.update(model, grads)
+        moved = jax.tree.map(lambda new, old: new - old, nnx.state(model, nnx.Param), before)
+        chex.assert_trees_all_close(moved["head"], grads["head"], rtol=1e-5)
+        np.testing.assert_allclose(norm(moved["attn"]["bias"][...]), 1.0, rtol=1e-5)
     groups = optclip.clip_by_group_norm(1.0, by_path({"^attn": "attn"}, "rest"))
     for part in apply(groups, grads, params).values():
         np.testing.assert_allclose(norm(*jax.tree.leaves(part)), 1.0, rtol=1e-6)

@@ -1,6 +1,5 @@
 """AGC: adaptive gradient clipping relative to the parameters (Brock et al., 2021)."""
 
-import operator
 from functools import partial
 from typing import Any
 
@@ -33,13 +32,13 @@ def param_ratio(ratio: Any, measure: Measure, *, eps: Any = 1e-3, call: str = "p
     _checks.check_positive(call, "clipping" if call != "param_ratio" else "ratio", ratio)
     _checks.check_nonnegative(call, "eps", eps)
     factor = scheduled(ratio)
-    times = operator.mul if isinstance(eps, float) and eps > 0 else _numerics.times
 
     def update(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del extra
         _checks.check_params(call, params, "its limit is relative to their size")
         value, memory = factor.update(sizes, memory)
-        return jax.tree.map(lambda w: times(value, jnp.maximum(w, jnp.asarray(eps, w.dtype))), measure(params)), memory
+        weights = jax.tree.map(lambda w: jnp.maximum(w, jnp.asarray(eps, w.dtype)), measure(params))
+        return _numerics.times(value, weights), memory
 
     return Threshold(factor.init, update)
 

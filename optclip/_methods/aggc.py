@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by
 from optclip._history import Feed, clipped, history
 from optclip._rules import Threshold
@@ -62,7 +62,7 @@ def ema_band(
 
     def limit(size: jax.Array, inner: BandMean, count: jax.Array, high: Any) -> jax.Array:
         del count
-        top = jnp.where(inner.mean > 0, jnp.asarray(high, size.dtype) * inner.mean, jnp.inf)
+        top = jnp.where(inner.mean > 0, _numerics.times(high, inner.mean), jnp.inf)
         if low is None:
             return jnp.maximum(top, max_down * size)
         reached = jnp.clip(size, jnp.minimum(low * inner.mean, max_up * size), jnp.maximum(top, max_down * size))

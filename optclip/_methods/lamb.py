@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optclip import _checks
+from optclip import _checks, _numerics
 from optclip._clip import clip_by, of_parameters
 from optclip._rules import Threshold, scheduled
 from optclip.measures import Measure, leaf_norm
@@ -36,7 +36,7 @@ def trust_ratio(ratio: Any, measure: Measure, *, cap: float = jnp.inf, call: str
         (value,), memory = factor.update(sizes, memory)
 
         def limit(w: jax.Array) -> jax.Array:
-            return jnp.where(w == 0, jnp.inf, value.astype(w.dtype) * jnp.minimum(w, jnp.asarray(cap, w.dtype)))
+            return jnp.where(w == 0, jnp.inf, _numerics.times(value, jnp.minimum(w, jnp.asarray(cap, w.dtype))))
 
         return jax.tree.map(limit, measure(params)), memory
 

@@ -60,7 +60,7 @@ def larc_clip(
 
     def limits(weights: Any, memory: Any) -> tuple[Any, Any]:
         (rate, trust), memory = knobs.update(weights, memory)
-        limit = lambda w: jnp.where(w == 0, jnp.inf, (trust / rate).astype(w.dtype) * w)
+        limit = lambda w: jnp.where(w == 0, jnp.inf, _numerics.times(trust / rate, w))
         return jax.tree.map(limit, weights), memory
 
     rule = Threshold(knobs.init, lambda sizes, memory, params, **extra: limits(measure(params), memory))

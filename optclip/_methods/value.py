@@ -8,8 +8,9 @@ import optax
 
 from optclip import _checks, _numerics
 from optclip._clip import ClipState, cast_tree, own_state, respond
-from optclip._rules import scheduled
+from optclip._rules import Threshold, scheduled
 from optclip._transformation import transformation
+from optclip.selection import PerLeaf
 
 
 def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> optax.GradientTransformationExtraArgs:
@@ -21,7 +22,8 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
     batch size; prefer a norm for whole-gradient spikes.
 
     Args:
-      max_delta: > 0, the symmetric bound: a number, a traced scalar, a schedule, or a prefix tree of these.
+      max_delta: > 0, the symmetric bound: a number, a traced scalar, a schedule, or a prefix tree of these, which
+        `by_path` can make.
       lower: <= 0, given together with ``upper`` instead of ``max_delta``; -inf for none.
       upper: >= 0, likewise; inf for none.
 
@@ -44,24 +46,30 @@ def clip(max_delta: Any = None, *, lower: Any = None, upper: Any = None) -> opta
         raise ValueError("clip: give either max_delta, or lower and upper")
     if max_delta is not None:
         _checks.check_limits("clip", "max_delta", max_delta)
-        rule = scheduled((max_delta,))
+        bounds = (max_delta,)
     else:
         if lower is None or upper is None:
             raise ValueError("clip: lower and upper go together; use -inf or inf for a side without a bound")
         _checks.check("clip", "lower", lower, lambda x: x <= 0, "<= 0, so that a zero gradient stays zero", tree=True)
         _checks.check("clip", "upper", upper, lambda x: x >= 0, ">= 0, so that a zero gradient stays zero", tree=True)
-        rule = scheduled((lower, upper))
+        bounds = (lower, upper)
+
+    of_tree = any(isinstance(bound, PerLeaf) for bound in bounds)
+
+    def rule_for(updates: Any) -> Threshold:
+        return scheduled([x(updates) if isinstance(x, PerLeaf) else x for x in bounds], counted=of_tree)
 
     def init(params: Any) -> ClipState:
-        return ClipState(rule.init(params), None)
+        return ClipState(rule_for(params).init(params), None)
 
     def update(updates: Any, state: ClipState, params: Any = None, **extra: Any) -> tuple[Any, ClipState]:
         del params, extra
         dtype = _numerics.accumulator(*filter(_numerics.is_gradient, jax.tree.leaves(updates)))
+        rule = rule_for(updates)
         own = own_state(state, lambda: rule.init(updates))
-        bounds, memory = rule.update(jnp.zeros((), dtype), own.rule)
-        low = bounds[0] if len(bounds) == 2 else jax.tree.map(jnp.negative, bounds[0])
-        clamped = respond(_between, updates, low, bounds[-1])
+        now, memory = rule.update(jnp.zeros((), dtype), own.rule)
+        low = now[0] if len(now) == 2 else jax.tree.map(jnp.negative, now[0])
+        clamped = respond(_between, updates, low, now[-1])
         return clamped, ClipState(cast_tree(memory, own.rule), None) if own is state else state
 
     return transformation(init, update)

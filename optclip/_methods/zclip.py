@@ -87,7 +87,8 @@ def zscore(
         z, std = jnp.asarray(z, size.dtype), inner.std
         unit = std + jnp.asarray(eps, size.dtype)
         bound = inner.mean + _numerics.times(z, unit)
-        score = jnp.where(size > bound, (size - inner.mean) / unit, z)
+        z = jnp.where(z == jnp.inf, 1, z)  # no size is beyond the bound then, but derivatives see the target
+        score = jnp.where(size > bound, (size - inner.mean) / jnp.where(unit == 0, 1, unit), z)
         return jnp.where(size > bound, jnp.minimum(target(inner.mean, std, score, z), bound), bound)
 
     def feed(value: jax.Array, inner: Moments, count: jax.Array) -> Moments:

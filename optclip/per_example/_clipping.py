@@ -193,12 +193,12 @@ def value_and_norms(
 def unclipped_fraction(per_example: PerExample) -> Any:
     """The share of examples that were left alone: b in the quantile update ``C <- C exp(-rate (b - quantile))``.
 
-    A tree of scalars of the structure of ``max_norm``; NaN for a batch of padding only, at which `adapt_limit` keeps
-    the limit. Andrew et al., Differentially private learning with adaptive clipping, NeurIPS 2021, algorithm 1 (arXiv
-    1905.03871). For privacy add noise to ``b * num_examples`` first.
+    A tree of scalars of the structure of ``max_norm``; 1 for a batch of padding only, at which to keep the limit:
+    ``jnp.where(per_example.num_examples > 0, adapt_limit(...), limit)``. Andrew et al., Differentially private learning
+    with adaptive clipping, NeurIPS 2021, algorithm 1 (arXiv 1905.03871). For privacy add noise to ``b * num_examples``
+    first, and divide by the expected number of examples: then a batch of padding is one like any other.
     """
-    some = per_example.num_examples > 0
-    return jax.tree.map(lambda clipped: jnp.where(some, 1 - clipped, jnp.nan), per_example.clipped_fraction)
+    return jax.tree.map(lambda clipped: 1 - clipped, per_example.clipped_fraction)
 
 
 def _summary(

@@ -49,7 +49,8 @@ def add_gaussian_noise(
 
     State: `GaussianNoiseState`: a key and a count.
 
-    Extra args: ``update(..., sensitivity=c)`` stands in for ``max_norm`` at this step: for a limit that adapts.
+    Extra args: ``update(..., sensitivity=c)`` stands in for ``max_norm`` at this step, likewise a number or a tree: for
+      a limit that adapts.
 
     Guarantees: every element of every leaf gets its own draw, a new one each step; on a mesh, replicated leaves get one
       draw for all devices, sharded leaves one per shard. Noise is drawn and added in float32 (float64 where a leaf is)
@@ -84,11 +85,11 @@ def add_gaussian_noise(
         updates: Any, state: GaussianNoiseState, params: Any = None, *, sensitivity: Any = None, **extra: Any
     ) -> tuple[Any, GaussianNoiseState]:
         del params, extra
-        if sensitivity is None:
-            limits = [_float32(resolve(x, state.count)) for x in jax.tree.leaves(max_norm)]
-            sensitivity = jnp.sqrt(sum(jnp.square(x) for x in limits))
+        limits = jax.tree.leaves(max_norm if sensitivity is None else sensitivity)
+        limits = [_float32(resolve(x, state.count)) for x in limits]
+        whole = limits[0] if len(limits) == 1 else jnp.sqrt(sum(map(jnp.square, limits)))
         multiplier = _float32(resolve(noise_multiplier, state.count))
-        scale = multiplier * _float32(sensitivity) / _float32(batch_size)
+        scale = multiplier * whole / _float32(batch_size)
         leaves, treedef = jax.tree.flatten(updates)
         axes = _mesh.sum_axes(updates, axis_name)
         after, *keys = jax.random.split(state.key, len(leaves) + 1)
@@ -109,7 +110,7 @@ def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2
     Args:
       limit: > 0, a float32 scalar, or a tree of them, one per group.
       unclipped: in [0, 1], of the same structure: `unclipped_fraction`, with noise of its own if the limit is to be
-        private (its sensitivity is 1 / expected batch size). NaN, of no examples, keeps the limit.
+        private (its sensitivity is 1 / expected batch size).
       quantile: in [0, 1], the target (gamma; paper: 0.5).
       rate: > 0, per step (eta_C; paper: 0.2).
 
@@ -121,8 +122,7 @@ def adapt_limit(limit: Any, unclipped: Any, quantile: Any = 0.5, rate: Any = 0.2
       1.0
     """
     _checks.check_limits("adapt_limit", "limit", limit)
-    step = lambda b: jnp.where(jnp.isnan(b), 0, jnp.clip(b, 0, 1) - quantile)
-    return jax.tree.map(lambda c, b: c * jnp.exp(-rate * step(b)), limit, unclipped)
+    return jax.tree.map(lambda c, b: c * jnp.exp(-rate * (jnp.clip(b, 0, 1) - quantile)), limit, unclipped)
 
 
 def split_budget(max_norm: Any, groups: Any) -> Any:

@@ -97,9 +97,9 @@ class Regions:
     def rules(self) -> dict[str, Region]:
         return {"scan": self.scan, "cond": self.cond, **dict.fromkeys(REMAT, self.remat)}
 
-    @property
-    def nested(self) -> dict[str, Region]:
-        return Regions(self.norms_only, None).rules
+    def nested(self, to_be_measured: bool) -> dict[str, Region]:
+        """The rules inside. Mere norms leave those regions only where all that leaves this one is measured at once."""
+        return Regions(self.norms_only and to_be_measured, None).rules
 
     def _norm_leaves(self, block: Block, eqn: JaxprEqn, i: int, has_remat: bool) -> bool:
         again = self.norms_only or (has_remat and self.again is not None)
@@ -117,9 +117,9 @@ class Regions:
         body = Block(flatten(program, unfold_remat=True), wanted)
         env = dict(zip(body.jaxpr.constvars, body.program.consts, strict=True))
         env.update(zip(body.jaxpr.invars, barrier(eqn, values), strict=True))
-        evaluate(body, body.live, env, self.nested)
-        out = [read_output(body, env, i) for i in range(len(eqn.outvars))]
         again = [i for i in wanted if self._norm_leaves(block, eqn, i, True)]
+        evaluate(body, body.live, env, self.nested(again == wanted))
+        out = [read_output(body, env, i) for i in range(len(eqn.outvars))]
         number = self._register(eqn, body, values) if again else -1
         for i in again:
             square, _, cost = measure(out[i])
@@ -140,7 +140,7 @@ class Regions:
             def arm(operands: list[Any], body: Block = body, unpack: list[Any] = unpack) -> tuple[list[Any], list[Any]]:
                 env = dict(zip(body.jaxpr.constvars, body.program.consts, strict=True))
                 env.update(zip(body.jaxpr.invars, operands, strict=True))
-                evaluate(body, body.live, env, self.nested)
+                evaluate(body, body.live, env, self.nested(False))
                 out = [read_output(body, env, i) for i in range(len(eqn.outvars))]
                 # Every factor crosses, and so is zero in the other arm: zero times something infinite would not be.
                 crossing, back = pack([_leaving(out[i], True) for i in wanted], {})
@@ -172,7 +172,7 @@ class Regions:
         def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], Any]:
             env = dict(zip(body.block.jaxpr.constvars, body.block.program.consts, strict=True))
             env.update(zip(body.block.jaxpr.invars, [*consts, *body.carry_in(carry), *x], strict=True))
-            evaluate(body.block, body.block.live, env, self.nested)
+            evaluate(body.block, body.block.live, env, self.nested(not carried))
             out = [read_output(body.block, env, i) for i in range(len(eqn.outvars))]
             squares = []
             for i in norms:

@@ -400,6 +400,28 @@ def conditional(a, ids, n):
 
 
 @case
+def loop_in_a_condition(a, ids, n):
+    d = n(2, 6)
+
+    def loss(p, x):
+        loop = lambda x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+        return mean_square(lax.cond(jnp.sum(x) > 0, lambda: loop(x), lambda: x @ p["w"][0]))
+
+    return loss, {"w": a(3, d, d)}, a(3, 2, d)
+
+
+@case
+def checkpointed_loop_beside_a_product(a, ids, n):
+    d = n(2, 6)
+
+    def loss(p, x):
+        loop = jax.checkpoint(lambda w, x: lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0])
+        return mean_square(loop(p["w"], x) + loop(p["w"], 2 * x) + x @ p["w"][0])
+
+    return loss, {"w": a(3, d, d)}, a(3, 2, d)
+
+
+@case
 def shared_condition(a, ids, n):
     d, k = n(2, 6), n(2, 20)
     loss = lambda p, x: mean_square(lax.cond(p["s"] > 0, lambda: jnp.tanh(x @ p["w"]), lambda: x @ p["v"]))
