@@ -224,7 +224,7 @@ def test_paths_of_nnx():
         chex.assert_trees_all_equal(exempt["head"], grads["head"])
         model = Net(nnx.Rngs(0))
         optimizer = nnx.Optimizer(model, optclip.clip_by_leaf_norm(limit), wrt=nnx.Param)
-        before = nnx.state(model, nnx.Param)
+        before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
         optimizer.update(model, grads)
         moved = jax.tree.map(lambda new, old: new - old, nnx.state(model, nnx.Param), before)
         chex.assert_trees_all_close(moved["head"], grads["head"], rtol=1e-5)
