@@ -180,22 +180,28 @@ def all_reduce(parts: Sequence[jax.Array], axes: Sequence[tuple[str, ...]], op: 
     for i, (part, own) in enumerate(zip(parts, axes, strict=True)):
         apart = {a for a in varying_axes(part) if a not in own}  # what is packed together varies together, by its type
         names = union if jnp.ndim(part) == 0 and apart.isdisjoint(union) else tuple(sorted(own))
-        shared.setdefault((names, frozenset(apart)), []).append(i)
+        alone = i if any(jax.typeof(part).sharding.spec) else None  # such arrays join only if sharded alike
+        shared.setdefault((names, frozenset(apart), alone), []).append(i)
     out = list(parts)
-    for (names, _), rows in shared.items():
+    for (names, *_), rows in shared.items():
         if not names:
             continue
-        flat = [_once(jnp.ravel(parts[i]), [a for a in names if a not in axes[i]]) for i in rows]
-        packed = concatenate(flat) if len(flat) > 1 else flat[0]
-        if op == "sum":
-            packed = lax.psum(packed, names)
-        else:  # the largest of a NaN and a number is often the number, from device to device
-            packed = lax.pmax(jnp.where(jnp.isnan(packed), jnp.inf, packed), names)
-        start = 0
-        for i, part in zip(rows, flat, strict=True):
-            out[i] = jnp.reshape(packed[start : start + part.size], jnp.shape(parts[i]))
-            start += part.size
+        once = [_once(parts[i], [a for a in names if a not in axes[i]]) for i in rows]
+        if len(rows) == 1:
+            out[rows[0]] = _reduced(once[0], names, op)
+            continue
+        packed, start = _reduced(concatenate([jnp.ravel(x) for x in once]), names, op), 0
+        for i in rows:
+            out[i] = jnp.reshape(packed[start : start + parts[i].size], jnp.shape(parts[i]))
+            start += parts[i].size
     return out
+
+
+def _reduced(part: jax.Array, names: tuple[str, ...], op: str) -> jax.Array:
+    if op == "sum":
+        return lax.psum(part, names)
+    # The largest of a NaN and a number is often the number, from device to device.
+    return lax.pmax(jnp.where(jnp.isnan(part), jnp.inf, part), names)
 
 
 def _once(part: jax.Array, axes: Iterable[str]) -> jax.Array:

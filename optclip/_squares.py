@@ -33,7 +33,7 @@ def norms(leaves: Sequence[jax.Array], plan: Plan, dtype: Any) -> list[jax.Array
             slots = stacked(slots)
         sizes = _across(sums_at_once(slots, dtype, meshed))
     elif manual:
-        sizes = _across(_local_sums(slots, dtype))
+        sizes = _across(_local_sums(slots, dtype, meshed))
     else:
         units = any(slot.dims is not None for slot in slots)
         if not meshed and not (units and _mesh.may_be_partitioned()):  # their shards would move
@@ -54,13 +54,13 @@ def scaled_down(x: jax.Array, dtype: Any) -> jax.Array:
     return sum_of_squares(Slot([x], None, (0,), ()), dtype, scale)
 
 
-def _local_sums(slots: list[Slot], dtype: Any) -> list[Sums]:
+def _local_sums(slots: list[Slot], dtype: Any, meshed: bool) -> list[Sums]:
     """The sums of a device, from norms that are exact: so that they can be added up over devices."""
     far = far_scale(dtype)
     # Behind a barrier, for of constants XLA makes (x k)^2 = x^2 k^2, and the range is lost.
     down, up = lax.optimization_barrier((jnp.asarray(1 / far, dtype), jnp.asarray(far, dtype)))
     three = lambda n: [jnp.square(n * down), jnp.square(n), jnp.square(n * up)]
-    local = norms_in_loops(slots, dtype, meshed=False)
+    local = norms_in_loops(slots, dtype, meshed)
     return [Sums(three(n), slot.groups, slot.mesh) for slot, n in zip(slots, local, strict=True)]
 
 

@@ -161,6 +161,11 @@ def test_some_axes_manual_and_some_not(kind: AxisType, checked: bool):
         meshes.place(TREE, SPECS, mesh), checked=checked, mesh=mesh, in_specs=manual, axis_names={"data"},
     )  # fmt: skip
     np.testing.assert_allclose(size, measures.global_norm(TREE), rtol=1e-6)
+    units = on_shards(
+        partial(measures.unit_norm, axis_name=names),
+        meshes.place(TREE, SPECS, mesh), checked=checked, mesh=mesh, in_specs=manual, axis_names={"data"},
+    )  # fmt: skip
+    chex.assert_trees_all_close(units, measures.unit_norm(TREE), rtol=1e-6)
 
 
 def test_a_named_vmap_is_a_mesh_too():
