@@ -58,7 +58,7 @@ class ClipStats(_Stats):
     __slots__ = ()
 
     def __new__(cls, sizes: Sizes, limits: Any) -> Self:
-        return tuple.__new__(cls, (_pack(sizes), _pack(limits)))
+        return tuple.__new__(cls, (_pack(plain(sizes)), _pack(plain(limits))))
 
     @classmethod
     def _make(cls, iterable: Any) -> Self:
@@ -152,7 +152,7 @@ def _bare(x: Any) -> Any:
 
 def _pack(tree: Any, always: bool = False) -> Any:
     """The tree with its scalars in one vector, if there are several of one type, or ``always``."""
-    leaves, treedef = jax.tree.flatten(tree := plain(tree))
+    leaves, treedef = jax.tree.flatten(tree)
     single = tuple(getattr(x, "ndim", None) == 0 for x in leaves)
     scalars = [x for x, alone in zip(leaves, single, strict=True) if alone]
     if not always and (len(scalars) < 2 or len({(x.dtype, _axes(x)) for x in scalars}) > 1):
