@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
-from optclip._recorded import ClipStats, cast_tree, check_sizes, stats_after
+from optclip._recorded import ClipStats, cast_tree, check_sizes, stats_after, stats_of
 from optclip._rules import Threshold, fixed
 from optclip._transformation import transformation
 from optclip._vectors import apart, shared, stack
@@ -83,7 +83,7 @@ def clip_by(
         if hasattr(response, "factor") and jax.tree.leaves(params):  # not so for Optax's placeholder for parameters
             _check_shapes(zip(_spread("sizes", sizes, params), _spread("limits", limits, params), strict=True))
         fill = lambda tree, value: jax.tree.map(lambda s: _mesh.like(jnp.full(s.shape, value, s.dtype), s), tree)
-        return ClipState(memory, ClipStats(fill(sizes, 0), fill(limits, jnp.inf)))
+        return ClipState(memory, stats_of(fill(sizes, 0), fill(limits, jnp.inf)))
 
     def update(updates: Updates, state: ClipState, params: Any = None, **extra: Any) -> tuple[Updates, ClipState]:
         sizes, here = measured(updates), rule_for(updates)

@@ -89,7 +89,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
 @partial(jax.jit, inline=True)
 def _said(stats: ClipStats) -> dict[str, jax.Array]:
     """What `summary` says of one clipper; nothing of one that has nothing but empty leaves."""
-    table = _pairs(*stats, ())
+    table = _pairs(stats.sizes, stats.limits, ())
     if not sum(jnp.size(s) for _, s, _ in table):
         return {}
     sizes, limits = _flat(table)

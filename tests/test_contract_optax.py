@@ -3,6 +3,7 @@
 import inspect
 import pickle
 
+import chex
 import flax
 import jax
 import jax.numpy as jnp
@@ -134,6 +135,16 @@ def test_optax_finds_statistics_and_knows_parameters_by_their_shape(case):
 
     same = optax.tree.map_params(tx, check, state, PARAMS)
     assert_bits(same, state)
+
+
+@each_case
+def test_optax_gets_through_a_state_to_set_what_lies_behind_it(case):
+    tx = optax.chain(case.make(), optax.inject_hyperparams(optax.sgd)(0.1))
+    state = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)[1]
+    after = optax.tree.set(state, learning_rate=jnp.float32(0.2))
+    assert optax.tree.get(after, "learning_rate") == jnp.float32(0.2)
+    chex.assert_trees_all_equal_structs(after, state)
+    assert_bits(optax.tree.set(after, learning_rate=jnp.float32(0.1)), state)
 
 
 @pytest.fixture(scope="module")

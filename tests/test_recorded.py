@@ -2,13 +2,13 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import chex
 import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax.core import FrozenDict
 from jax import lax
@@ -52,17 +52,19 @@ def test_a_state_has_as_many_buffers_for_two_leaves_as_for_forty(make):
 
 def test_statistics_are_read_as_trees():
     stats = per_leaf().stats
-    for sizes in (stats.sizes, stats[0], next(iter(stats)), stats._asdict()["sizes"]):
-        assert_close(sizes, NORMS, rtol=1e-6)
-    for limits in (stats.limits, stats[1], stats._asdict()["limits"]):
-        assert limits.shape == () and float(limits) == 0.5
-    sizes, limits = stats
-    assert_close(sizes, NORMS, rtol=1e-6)
-    assert_bits(optax.tree.get(per_leaf(), "sizes"), sizes)
-    assert isinstance(sizes["dense"]["bias"], jax.Array) and sizes["dense"]["bias"].shape == ()
-    assert_bits(stats._replace(limits=sizes).limits, sizes)
-    assert_bits(optclip.ClipStats(sizes=sizes, limits=limits).sizes, sizes)
-    assert repr(stats).startswith("ClipStats(sizes=") and repr(jax.tree.map(jnp.sum, stats))
+    assert_close(stats.sizes, NORMS, rtol=1e-6)
+    assert stats.limits.shape == () and float(stats.limits) == 0.5
+    bias = stats.sizes["dense"]["bias"]
+    assert isinstance(bias, jax.Array) and bias.shape == ()
+    assert_bits(optclip.ClipStats(stats.sizes, stats.limits).sizes, stats.sizes)
+    assert repr(stats).startswith("ClipStats(kept_sizes=Packed(") and repr(jax.tree.map(jnp.sum, stats))
+
+
+def test_states_of_one_structure_are_of_one_type_whoever_made_them():
+    with ThreadPoolExecutor(8) as pool:
+        grads = [{f"made by {i // 8}": jnp.ones(2), "beside": jnp.ones(3)} for i in range(80)]
+        kinds = list(pool.map(lambda g: jax.tree.structure(per_leaf(g)), grads))
+    assert all(kinds[i] == kinds[i // 8 * 8] for i in range(80)) and len(set(kinds)) == 10
 
 
 def test_scalars_and_arrays_side_by_side():
@@ -171,6 +173,7 @@ def test_restored_states_go_on_in_a_scan(name, through, many):
         grads, start = GRADS[0], tx.init(GRADS[0])
     after = jax.jit(update)(grads, start)[1]
     back = through(after, start)
+    assert jax.tree.structure(back) == jax.tree.structure(after)
     assert_bits(back.stats.sizes, after.stats.sizes)
     step = lambda state, _: update(grads, state)[::-1]
     steps = lambda state: lax.scan(step, jax.tree.map(jnp.asarray, state), None, 3)
@@ -178,9 +181,11 @@ def test_restored_states_go_on_in_a_scan(name, through, many):
     assert_bits((end.stats.sizes, end.rule, updates), (want.stats.sizes, want.rule, right))
 
 
-def test_flax_saves_statistics_by_name():
-    saved = flax.serialization.to_state_dict(per_leaf())
-    assert_close(saved["stats"]["sizes"], NORMS, rtol=1e-6)
+def test_flax_saves_statistics_as_they_are_kept():
+    state = per_leaf()
+    saved = flax.serialization.to_state_dict(state)["stats"]
+    assert_bits(saved["kept_sizes"]["numbers"], state.stats.kept_sizes.numbers)
+    assert_bits(saved["kept_limits"], state.stats.limits)
 
 
 def test_the_tree_may_be_of_any_kind():

@@ -135,7 +135,7 @@ def _judge(
     """The state of the judge after this step, whether any size is beyond its limit, whether all are finite."""
     start = state._replace(rule=keep(stuck, judge.init(updates).rule, state.rule))
     seen: Any = judge.update(updates, start, params, **extra)[1]
-    sizes, limits = seen.stats
+    sizes, limits = seen.stats.sizes, seen.stats.limits
     if jax.tree.structure(sizes).num_leaves <= jax.tree.structure(limits).num_leaves:
         wide = jax.tree.broadcast(sizes, limits)
     else:
