@@ -40,8 +40,11 @@ _TYPES: dict[Any, Any] = {}
 
 
 def _type_for(treedef: Any, single: tuple[bool, ...]) -> Any:
-    new = type("Packed", (Packed,), {"__slots__": (), "treedef": treedef, "single": single})
-    return _TYPES.setdefault((treedef, single), new)  # the same one for every thread
+    key = treedef, single
+    if key not in _TYPES:
+        new = type("Packed", (Packed,), {"__slots__": (), "treedef": treedef, "single": single})
+        return _TYPES.setdefault(key, new)  # the same one for every thread
+    return _TYPES[key]
 
 
 def _packed(tree: Any, single: tuple[bool, ...], numbers: Any, arrays: tuple[Any, ...]) -> Packed:
