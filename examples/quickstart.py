@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import optclip
 
-MAX_NORM, MAX_VALUE, RATIO = 0.1, 0.003, 0.01
+MAX_NORM, MAX_VALUE, RATIO = 1.0, 0.01, 0.01
 METHODS = {
     "no clipping": optax.identity,
     "clipnorm": lambda: optclip.clip_by_global_norm(MAX_NORM),

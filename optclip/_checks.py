@@ -75,6 +75,19 @@ def check_callable(call: str, **named: Any) -> None:
             raise TypeError(f"{call}({name}={value!r}): {name} must be a function, got {type(value).__name__}")
 
 
+def check_takes(call: str, name: str, function: Any, *arguments: str) -> None:
+    """A function takes these arguments, by position."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # built in, perhaps
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        said = f"{call}: {name} must be a function of ({', '.join(arguments)}), got {function!r}"
+        raise TypeError(f"{said}; does it make one? then call it") from error
+
+
 def check_transformation(call: str, name: str, value: Any) -> None:
     """``value`` is an Optax transformation, or has its two functions."""
     if not _is_pair(value):

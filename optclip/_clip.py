@@ -61,6 +61,7 @@ def clip_by(
     """
     response = response or rescale
     _checks.check_callable("clip_by", measure=measure, response=response)
+    _checks.check_takes("clip_by", "response", response, "update", "size", "limit")
     rule = threshold if isinstance(threshold, Threshold) else fixed(threshold, call="clip_by", name="threshold")
 
     def measured(updates: Updates) -> Sizes:
@@ -70,7 +71,10 @@ def clip_by(
         return rule.at(updates) if rule.at else rule
 
     def allowed(rule: Threshold, sizes: Sizes, memory: Any, params: Any, **extra: Any) -> tuple[Any, Any]:
-        limits, memory = rule.update(sizes, memory, params, **extra)
+        made = rule.update(sizes, memory, params, **extra)
+        if not isinstance(made, tuple) or len(made) != 2:
+            raise TypeError(f"clip_by: the update of a threshold must return (limits, memory), got {made!r}")
+        limits, memory = made
         return limits if jax.tree.leaves(limits) else jnp.full((), jnp.inf, jnp.float32), memory
 
     def init(params: Any) -> ClipState:
@@ -90,8 +94,13 @@ def clip_by(
         own = own_state(state, lambda: here.init(sizes))
         if own.stats is not None:
             check_sizes(sizes, own.stats)
-        limits, memory = allowed(here, sizes, own.rule, params, **extra)
-        after = ClipState(cast_tree(memory, own.rule), stats_after(sizes, limits, own.stats))
+        try:
+            limits, memory = allowed(here, sizes, own.rule, params, **extra)
+            memory = cast_tree(memory, own.rule, "numbers the rule remembers")
+        except (AttributeError, TypeError, ValueError):
+            _check_memory(own.rule, jax.eval_shape(here.init, sizes))
+            raise
+        after = ClipState(memory, stats_after(sizes, limits, own.stats))
         return respond(response, updates, sizes, limits), after if own is state else state
 
     return transformation(init, update)
@@ -106,6 +115,13 @@ def own_state(state: Any, memory: Callable[[], Any]) -> ClipState:
         return ClipState(fresh, None)
     which = "but remembers something: pass what init returned" if none else "the state of another transformation"
     raise TypeError(f"a clipper was given a {type(state).__name__}, {which}")
+
+
+def _check_memory(memory: Any, fresh: Any) -> None:
+    """Raises unless the memory of a rule has the form of a fresh one."""
+    had, own = (jax.tree.map(lambda x: f"{jnp.result_type(x)}{list(jnp.shape(x))}", tree) for tree in (memory, fresh))
+    if had != own:
+        raise TypeError(f"a clipper was given the state of another one, which remembers {had}; this one {own}")
 
 
 def of_parameters(clipper: optax.GradientTransformationExtraArgs, call: str) -> optax.GradientTransformationExtraArgs:

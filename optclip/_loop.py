@@ -55,24 +55,28 @@ def _in_a_loop(slots: list[Slot], dtype: Any, meshed: bool, large: bool) -> list
 
     # The first turn of large slots has a branch without the scale, for the library kernels, which jax 0.9 has not.
     branch = large and jax.__version_info__ >= (0, 10)
-    # By turn: the scale, what it is undone by, and which norms n are kept: those with sign * n >= bound.
-    table = jnp.asarray([[1, 1, 0, 1], [far, 1 / far, 1, low], [1 / far, far, -1, -high]], dtype)
+    # By turn: the scale, what it is undone by, and which norms n are kept: those with sign * n >= bound. Carried, for
+    # else each kernel looks them up again.
+    rows = [1, 1, 0, 1], [far, 1 / far, 1, low], [1 / far, far, -1, -high]
+    turns = [[jnp.asarray(x, dtype) for x in row] for row in rows]
 
     def once(carry: Any) -> Any:
-        turn, sizes = carry
-        # In order already; but XLA does not look through a sort. Else each kernel looks the row up again, and jax 0.12
-        # makes one kernel of the loop where leaves are small: 5.5 s to compile a hundred, instead of 2.3 s.
-        scale, *rest = lax.sort((jnp.arange(4), table[turn]), num_keys=1)[1]
+        turn, (scale, *rest), sizes = carry
         new = lax.cond(turn == 0, unscaled, scaled, scale) if branch else scaled(scale)
         new = _added_up(new, first) if lanes else join(new)[0]
-        return turn + 1, [_better(n, s, *rest) for n, s in zip(sizes, new, strict=True)]
+        following = [lax.select(turn == 0, second, third) for second, third in zip(*turns[1:], strict=True)]
+        if not large and not meshed:
+            # A call of the library, for jax 0.12 makes one kernel of a loop over small leaves that has none: 5.5 s to
+            # compile a hundred, instead of 2.3 s. Not a sort, for XLA:CPU cannot serialize one that has run.
+            turn = lax.top_k(jnp.stack([turn, -1]).astype(jnp.float32), 1)[0][0].astype(jnp.int32)
+        return turn + 1, following, [_better(n, s, *rest) for n, s in zip(sizes, new, strict=True)]
 
     def again(carry: Any) -> jax.Array:
-        turn, sizes = carry
+        turn, _, sizes = carry
         return _turns(sizes, low, high, dtype, meshed) >= turn.astype(dtype)
 
     sizes, unjoin = join(first)
-    _, sizes = lax.while_loop(again, once, (jnp.int32(0), sizes))
+    *_, sizes = lax.while_loop(again, once, (jnp.int32(0), turns[0], sizes))
     return unjoin(sizes)
 
 

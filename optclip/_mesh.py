@@ -100,7 +100,8 @@ def sum_axes(tree: Any, axis_name: AxisName, whole: Sequence[bool] | None = None
         raise ValueError(
             f"a norm was asked for inside shard_map(check_vma=False) or pmap over the mesh axes {unchecked}, where "
             "types do not say which leaves are sharded: pass axis_name= (a name, a tuple of names, or a prefix tree "
-            "of them with None for replicated leaves; axis_name=() if every leaf is replicated)"
+            "of them with None for replicated leaves; axis_name=() if every leaf is replicated), or, to a method with "
+            "measure=, a partial(measure, axis_name=...)"
         )
     axes = [varying_axes(x) for x in leaves]
     for names, all_of_it in zip(axes, whole or [True] * len(axes), strict=True):

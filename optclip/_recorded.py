@@ -93,12 +93,14 @@ def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStat
     return ClipStats(*new)
 
 
-def cast_tree(new: Any, old: Any) -> Any:
+def cast_tree(new: Any, old: Any, what: str = "updates") -> Any:
     """``new`` in the dtypes of ``old``: a state keeps its dtypes whatever the updates were."""
-    check_fits("updates", new, old)
+    check_fits(what, new, old)
 
     def one(n: Any, o: Any) -> Any:
         dtype = jnp.result_type(o)
+        if jnp.issubdtype(jnp.result_type(n), jnp.inexact) and not jnp.issubdtype(dtype, jnp.inexact):
+            raise TypeError(f"the memory of a rule was {dtype} and would become {jnp.result_type(n)}: init it as that")
         return n if jnp.issubdtype(dtype, jax.dtypes.extended) else jnp.asarray(n).astype(dtype)
 
     return jax.tree.map(one, new, old)

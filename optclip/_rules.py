@@ -82,6 +82,8 @@ def resolve(value: Any, count: Any) -> Any:
     if not callable(value):
         return value
     now = value(count)
+    if isinstance(now, Threshold):
+        raise TypeError(f"{value!r} makes a rule and is none: call it")
     if not (isinstance(now, (int, float)) or hasattr(now, "dtype") or hasattr(now, "__jax_array__")):
         raise TypeError(f"a schedule must return a number, got {now!r} from {value!r}")
     return now

@@ -12,6 +12,7 @@ where                                         what
 """
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def by_path(patterns: Mapping[str, Any], default: Any) -> Callable[[Any], Any]:
       default: the value of leaves that none matches.
 
     Returns:
-      A function from a tree to the tree of the values.
+      A function from a tree to the tree of the values. It warns of a pattern that is found in no path at all.
 
     Example:
       >>> label = by_path({"attn|attention": "attention", "^head/": "head"}, default="rest")
@@ -43,7 +44,8 @@ def by_path(patterns: Mapping[str, Any], default: Any) -> Callable[[Any], Any]:
       {'attn': {'kernel': 'attention'}, 'head': {'bias': 'head'}, 'mlp': {'kernel': 'rest'}}
     """
     compiled = [(re.compile(pattern), value) for pattern, value in patterns.items()]
-    return by_leaf(lambda path, _: next((value for pattern, value in compiled if pattern.search(path)), default))
+    choose = lambda path, _: next((value for pattern, value in compiled if pattern.search(path)), default)
+    return PerLeaf(choose, tuple(pattern for pattern, _ in compiled))
 
 
 def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
@@ -60,7 +62,6 @@ def by_leaf(choose: Callable[[str, Any], Any]) -> Callable[[Any], Any]:
       >>> kind({"embed": jnp.ones((5, 4)), "kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)})
       {'bias': 'adamw', 'embed': 'adamw', 'kernel': 'muon'}
     """
-
     return PerLeaf(choose)
 
 
@@ -69,6 +70,7 @@ class PerLeaf:
     """What `by_path` and `by_leaf` return: a function from a tree to a value per leaf, which is no schedule."""
 
     choose: Callable[[str, Any], Any]
+    patterns: tuple[re.Pattern[str], ...] = ()
 
     def __call__(self, tree: Any) -> Any:
         if isinstance(tree, int) or (getattr(tree, "shape", None) == () and jnp.issubdtype(tree.dtype, jnp.integer)):
@@ -78,7 +80,15 @@ class PerLeaf:
         leaves, treedef = jax.tree.flatten_with_path(tree)
         places = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode))
         names = path_strings([path for path, _ in leaves], [path for path, _ in places])
+        if leaves:
+            self._warn(names + path_strings([path for path, _ in places]))
         return treedef.unflatten(map(self.choose, names, [leaf for _, leaf in leaves]))
+
+    def _warn(self, names: list[str]) -> None:
+        for pattern in self.patterns:
+            if not any(map(pattern.search, names)):
+                said = f"by_path: {pattern.pattern!r} is found in no path of this tree; they are such as {names[0]!r}"
+                warnings.warn(said, stacklevel=3)
 
 
 def path_strings(paths: Sequence[Any], places: Sequence[Any] | None = None) -> list[str]:

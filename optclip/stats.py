@@ -36,7 +36,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
 
       ================================ ===========================================================================
       ``clip/preclip_norm``            size before the clip; over several groups, leaves or units the largest
-      ``clip/limit``                   the limit of that size
+      ``clip/limit``                   the limit of that size; of equal sizes the smallest
       ``clip/scale``                   min(1, limit / size), the smallest over all sizes; NaN if a size is not finite
       ``clip/clipped``                 1.0 if any size was beyond its limit or not finite, else 0.0
       ``clip/clipped_fraction``        the fraction of sizes (groups, leaves, units) beyond their limits; a group whose
@@ -93,12 +93,13 @@ def _said(stats: ClipStats) -> dict[str, jax.Array]:
     if not sum(jnp.size(s) for _, s, _ in table):
         return {}
     sizes, limits = _flat(table)
-    largest = jnp.argmax(sizes)
+    largest = sizes[jnp.argmax(sizes)]
+    as_large = (sizes == largest) | (jnp.isnan(sizes) & jnp.isnan(largest))
     beyond = ~((sizes <= limits) & jnp.isfinite(sizes))
     scales = jnp.where(jnp.isfinite(sizes), jnp.where(beyond, limits / jnp.where(sizes == 0, 1, sizes), 1), jnp.nan)
     return {
-        "preclip_norm": sizes[largest],
-        "limit": limits[largest],
+        "preclip_norm": largest,
+        "limit": jnp.min(jnp.where(as_large, limits, jnp.inf)),
         "scale": jnp.min(scales),
         "clipped": jnp.any(beyond).astype(sizes.dtype),
         "clipped_fraction": jnp.mean(beyond.astype(sizes.dtype)),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from optclip import _checks
 from optclip.per_example._rules import Rule
+from optclip.selection import PerLeaf
 
 __all__ = ["Limits", "Weights", "check_norms", "resolve", "weigh"]
 
@@ -49,10 +50,16 @@ def resolve(name: str, max_norm: Any, params_tree: Any, what: str = "max_norm") 
 
 def check_norms(name: str, max_norm: Any) -> None:
     """Raises unless every limit is a number > 0 or a traced scalar."""
+    check_no_pattern(name, max_norm)
     for value in jax.tree.leaves(max_norm):
         if callable(value):
             raise TypeError(f"{name}: max_norm must be > 0, not a schedule: pass its value at this step")
         _checks.check_positive(name, "max_norm", value)
+
+
+def check_no_pattern(name: str, max_norm: Any) -> None:
+    if isinstance(max_norm, PerLeaf):
+        raise TypeError(f"{name}: max_norm must be a tree here: pass by_path(...)(params)")
 
 
 def weigh(

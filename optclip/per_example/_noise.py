@@ -11,6 +11,7 @@ import optax
 from optclip import _checks, _mesh, _numerics
 from optclip._rules import resolve
 from optclip._transformation import transformation
+from optclip.per_example._limits import check_no_pattern
 
 __all__ = ["GaussianNoiseState", "adapt_limit", "add_gaussian_noise", "split_budget", "split_budget_by_size"]
 
@@ -42,7 +43,9 @@ def add_gaussian_noise(
         scalar, or a schedule from the step count.
       max_norm: > 0, the limit each example was clipped to: a number, a traced scalar, a schedule, or the tree of limits
         given to `clipped_value_and_grad`; the noise is then made for sqrt(sum of their squares), the norm of the whole.
-      batch_size: > 0, what the sum was divided by: the *expected* number of examples for a mean, 1 for a sum.
+      batch_size: > 0, what the *sum* was divided by: the expected number of examples, or 1 if by nothing. Not for
+        ``reduction="mean"`` of batches that vary, which divides by how many there were: what one example can do is
+        then more in a small batch.
       key: a random key, or an integer to make one from. It is the secret of the whole run.
       axis_name: inside ``shard_map(check_vma=False)`` and ``pmap``, the mesh axes over which leaves are sharded, as in
         `measures.global_norm`.
@@ -72,6 +75,7 @@ def add_gaussian_noise(
       >>> tx = optax.chain(per_example.add_gaussian_noise(1.0, max_norm=1.0, batch_size=256, key=0), optax.sgd(0.1))
     """
     _checks.check_nonnegative("add_gaussian_noise", "noise_multiplier", noise_multiplier)
+    check_no_pattern("add_gaussian_noise", max_norm)
     _checks.check_limits("add_gaussian_noise", "max_norm", max_norm)
     _checks.check_positive("add_gaussian_noise", "batch_size", batch_size)
 
