@@ -14,7 +14,7 @@ BLOCK = 32  # numbers that XLA:CPU compares and counts side by side
 
 
 class Window(NamedTuple):
-    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered, never NaN."""
+    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered."""
 
     values: jax.Array
 

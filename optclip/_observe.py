@@ -9,6 +9,7 @@ import optax
 from optclip import _checks, _course, _mesh, sketch
 from optclip._clip import cast_tree
 from optclip._course import Course
+from optclip._finite import kept
 from optclip._recorded import plain
 from optclip._transformation import takes_extra_args, transformation
 from optclip._vectors import concatenate, stack
@@ -24,7 +25,7 @@ class Recent(NamedTuple):
     Attributes:
       norm: float32[H], as measured: NaN and infinity stay.
       parts: float32[H, n], the sizes it was made from.
-      limit: float32[H], the limit of the inner clipper if it has a single one, else infinity.
+      limit: float32[H], the limit of the inner clipper if it has a single one, else the largest float32.
       clipped: bool[H], whether the inner clipper clipped anything.
     """
 
@@ -233,5 +234,5 @@ def _remember(state: ObserveState, norm: jax.Array, parts: jax.Array, inner: Any
         if len(table) == 1 and jnp.size(table[0][1]) == 1:  # otherwise there is no one limit to draw
             limit = jnp.reshape(table[0][2], ())
     at = state.course.step % state.recent.norm.shape[0]
-    now = Recent(norm, parts, jnp.asarray(limit), clipped)
+    now = Recent(norm, parts, kept(jnp.asarray(limit)), clipped)
     return jax.tree.map(lambda ring, x: jnp.asarray(ring).at[at].set(x.astype(ring.dtype)), state.recent, now)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from optclip import _checks, sketch
+from optclip._finite import meant
 from optclip._observe import ObserveState, find, part_names
 
 BLUE, ORANGE, RED, GREY = "#0072B2", "#E69F00", "#D55E00", "#666666"  # told apart by colour-blind eyes (Okabe, Ito)
@@ -86,7 +87,7 @@ def _read(source: Any) -> tuple[_Series | None, ObserveState | None]:
     size = len(state.recent.norm)
     steps = np.arange(max(0, now - size), now)
     norm, parts, limit, clipped = (np.asarray(x)[steps % size] for x in state.recent)
-    return _Series(steps, norm.astype(np.float64), limit, clipped, parts, part_names(state)), state
+    return _Series(steps, norm.astype(np.float64), meant(limit), clipped, parts, part_names(state)), state
 
 
 def _from_summaries(summaries: Mapping[str, Any]) -> _Series:
@@ -149,7 +150,7 @@ def _draw_sketch(figure: Any, state: ObserveState, limit: Any) -> Any:
         above = 100 * float(sketch.fraction_above(state.norm, limits[-1]))
         over_time.axhline(limits[-1], color=ORANGE, lw=1.6, label=f"limit (clips {above:.3g} % of the steps)")
     low, high = float(state.norm.low), float(state.norm.high)
-    ends = np.array([x for x in (low, high) if 0 < x < np.inf])
+    ends = np.array([x for x in (low, high) if 0 < x < float(np.finfo(np.float32).max)])
     _time_axis(over_time, ends, limits)
     over_time.set_xlabel("step")
     edges, counts = sketch.edges(state.norm), np.asarray(state.norm.counts)

@@ -4,6 +4,8 @@ A size and a limit for each of a thousand leaves are two thousand buffers to han
 as long as the clip itself (9.9 ms instead of 5.0 ms for AdaGC); a checkpoint has as many entries.
 """
 
+import copyreg
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +14,7 @@ import numpy as np
 
 from optclip import _mesh
 from optclip._checks import check_fits
+from optclip._finite import kept, meant
 from optclip._vectors import stack
 from optclip.measures import Sizes
 
@@ -21,7 +24,11 @@ class _Parts(NamedTuple):
     arrays: tuple[Any, ...]
 
 
-class Packed(_Parts):
+class _Structured(type):
+    """The type of types that know a structure."""
+
+
+class Packed(_Parts, metaclass=_Structured):
     """A tree with its scalars as one vector, which is the last axis also of states stacked along the first.
 
     Each structure has a type of its own, for JAX, Optax and Flax make a named tuple anew of its type and its fields.
@@ -32,23 +39,33 @@ class Packed(_Parts):
     treedef: Any
     single: tuple[bool, ...]  # which leaves are scalars
 
-    def __reduce__(self) -> Any:  # a treedef of containers of others cannot be pickled, a tree can
-        return _packed, (self.treedef.unflatten(range(len(self.single))), self.single, *self)
-
 
 _TYPES: dict[Any, Any] = {}
+_NUMBERS = itertools.count()
 
 
 def _type_for(treedef: Any, single: tuple[bool, ...]) -> Any:
     key = treedef, single
     if key not in _TYPES:
-        new = type("Packed", (Packed,), {"__slots__": (), "treedef": treedef, "single": single})
-        return _TYPES.setdefault(key, new)  # the same one for every thread
+        name = f"Packed_{next(_NUMBERS)}"
+        new = _Structured(name, (Packed,), {"__slots__": (), "treedef": treedef, "single": single})
+        if _TYPES.setdefault(key, new) is new:  # the same one for every thread
+            globals()[name] = new  # else cloudpickle takes it to pieces
     return _TYPES[key]
 
 
-def _packed(tree: Any, single: tuple[bool, ...], numbers: Any, arrays: tuple[Any, ...]) -> Packed:
-    return _type_for(jax.tree.structure(tree), single)(numbers, arrays)
+def _type_like(tree: Any, single: tuple[bool, ...]) -> Any:
+    return _type_for(jax.tree.structure(tree), single)
+
+
+def _by_structure(kind: Any) -> Any:
+    """How a type is pickled: in another process it has another name."""
+    if kind is Packed:
+        return "Packed"
+    return _type_like, (kind.treedef.unflatten(range(len(kind.single))), kind.single)  # not all treedefs can be pickled
+
+
+copyreg.pickle(_Structured, _by_structure)
 
 
 class ClipStats(NamedTuple):
@@ -58,7 +75,7 @@ class ClipStats(NamedTuple):
       sizes: the pre-clip sizes, a prefix tree of the updates, float32 (float64).
       limits: their limits, likewise; infinity before the first step.
       kept_sizes: the sizes as the state keeps them: several scalars are one leaf, a vector.
-      kept_limits: likewise.
+      kept_limits: likewise, the largest float for infinity.
     """
 
     kept_sizes: Any
@@ -70,11 +87,11 @@ class ClipStats(NamedTuple):
 
     @property
     def limits(self) -> Any:
-        return _unpack(self.kept_limits)
+        return meant(_unpack(self.kept_limits))
 
 
 def stats_of(sizes: Sizes, limits: Any) -> ClipStats:
-    return ClipStats(_pack(plain(sizes)), _pack(plain(limits)))
+    return ClipStats(_pack(plain(sizes)), kept(_pack(plain(limits))))
 
 
 def check_sizes(sizes: Sizes, before: ClipStats) -> None:
@@ -87,10 +104,10 @@ def stats_after(sizes: Sizes, limits: Any, before: ClipStats | None) -> ClipStat
     if before is None:
         return None
     new = []
-    for tree, kept in zip((sizes, limits), before, strict=True):
-        tree = cast_tree(plain(tree), _shapes(kept))
-        new.append(_pack(tree, always=True) if isinstance(kept, Packed) else tree)
-    return ClipStats(*new)
+    for tree, old in zip((sizes, limits), before, strict=True):
+        tree = cast_tree(plain(tree), _shapes(old))
+        new.append(_pack(tree, always=True) if isinstance(old, Packed) else tree)
+    return ClipStats(new[0], kept(new[1]))
 
 
 def cast_tree(new: Any, old: Any, what: str = "updates") -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from optclip import _checks, _mesh, _numerics
+from optclip._finite import kept, meant
 from optclip._recorded import plain
 from optclip._vectors import pack
 from optclip.selection import PerLeaf
@@ -97,7 +98,7 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
 
     Args:
       init: ``size -> memory`` for an array of sizes of any shape S; every array in the memory has a shape that starts
-        with S.
+        with S. For infinities the state keeps the largest number of the dtype.
       update: ``(size, memory, **extra) -> (limit, memory)``, elementwise over S.
 
     Returns:
@@ -107,7 +108,7 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
 
     def start(sizes: Any) -> Any:
         packs, _ = pack([_mesh.like(jnp.zeros(jnp.shape(s), s.dtype), s) for s in jax.tree.leaves(sizes)])
-        return _join([_mesh.like(init(size), size) for size in packs])
+        return _join([kept(_mesh.like(init(size), size)) for size in packs])
 
     def step(sizes: Any, memory: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         del params
@@ -115,9 +116,9 @@ def per_size(init: Callable[..., Any], update: Callable[..., tuple[Any, Any]]) -
         packs, unpack = pack(leaves)
         limits, after = [], []
         for size, old in zip(packs, _split(memory, init, packs), strict=True):
-            limit, new = update(size, old, **extra)
+            limit, new = update(size, meant(old), **extra)
             limits.append(limit)
-            after.append(select(jnp.isfinite(size), new, old))
+            after.append(select(jnp.isfinite(size), kept(new), old))
         return treedef.unflatten(unpack(limits)), _join(after)
 
     return Threshold(start, step)

@@ -22,7 +22,7 @@ class Sketch(NamedTuple):
     Attributes:
       counts: int32[S, 80 * bins per octave], how many sizes fell into each bin.
       nonfinite: int32[S], how many were NaN or infinite.
-      low: float32[S], the smallest finite size; infinity before the first.
+      low: float32[S], the smallest finite size; the largest number of float32 before the first.
       high: float32[S], the largest finite size; 0 before the first.
     """
 
@@ -42,7 +42,7 @@ def empty(shape: tuple[int, ...] = (), *, per_octave: int = 8) -> Sketch:
     return Sketch(
         counts=jnp.zeros((*shape, OCTAVES * per_octave), jnp.int32),
         nonfinite=jnp.zeros(shape, jnp.int32),
-        low=jnp.full(shape, jnp.inf, jnp.float32),
+        low=jnp.full(shape, jnp.finfo(jnp.float32).max),
         high=jnp.zeros(shape, jnp.float32),
     )
 

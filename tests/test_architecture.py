@@ -13,6 +13,7 @@ FLOORS = [  # each may import from the floors before it, and from its own; metho
     {
         "_at_once",
         "_checks",
+        "_finite",
         "_largest",
         "_loop",
         "_mesh",

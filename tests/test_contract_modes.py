@@ -1,8 +1,13 @@
 """The contract, item 10: strict promotion and ranks, x64, NaN and leak checks, no hidden transfers."""
 
+import pickle
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax.experimental.serialize_executable import deserialize_and_load, serialize
 
 import optclip
 from tests.cases import GRADS, PARAMS
@@ -96,3 +101,14 @@ def test_without_jit(case):
     with jax.disable_jit():
         update, _ = tx.update(GRADS[0], tx.init(PARAMS), PARAMS)
     assert_close(update, standard_run(case)[0][0], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", ["clip_by_global_norm", "clip_by_leaf_norm", "adaptive_grad_clip"])
+def test_a_compiled_step_that_has_run_can_be_stored(name):
+    tx = getattr(optclip, name)(0.1)
+    state = tx.init(PARAMS)
+    step = jax.jit(tx.update).lower(GRADS[0], state, PARAMS).compile()
+    want = step(GRADS[0], state, PARAMS)
+    stored = pickle.dumps(serialize(step))
+    again = deserialize_and_load(*pickle.loads(stored), execution_devices=jax.devices()[:1])
+    chex.assert_trees_all_equal(again(GRADS[0], state, PARAMS), want)

@@ -138,6 +138,29 @@ def test_optax_finds_statistics_and_knows_parameters_by_their_shape(case):
 
 
 @each_case
+def test_states_hold_no_infinity_and_may_be_picked_by_arithmetic(case):
+    """Such as ``cond * a + (1 - cond) * b``."""
+    states = [case.make().init(PARAMS), *standard_run(case)[1]]
+    for state in states:
+        chex.assert_tree_all_finite(state)
+
+
+@pytest.mark.parametrize("name", ["autoclip", "clip_by_quantile", "clip_by_median", "clip_by_historical_norm"])
+def test_inside_sam(name):
+    """Sharpness-aware minimization: every second step is its inner optimizer's."""
+    tx = getattr(optclip, name)()
+    sam = optax.contrib.sam(optax.chain(tx, optax.sgd(0.1)), optax.sgd(0.05), sync_period=2, opaque_mode=False)
+    state, alone = sam.init(PARAMS), tx.init(PARAMS)
+    for i in range(8):
+        grads = GRADS[i % len(GRADS)]
+        updates, state = jax.jit(sam.update)(grads, state, PARAMS)
+        if i % 2:
+            _, alone = tx.update(grads, alone)
+        assert finite(updates)
+    assert_close(state.opt_state[0].stats.limits, alone.stats.limits, rtol=1e-6)
+
+
+@each_case
 def test_optax_gets_through_a_state_to_set_what_lies_behind_it(case):
     tx = optax.chain(case.make(), optax.inject_hyperparams(optax.sgd)(0.1))
     state = jax.jit(tx.update)(GRADS[0], tx.init(PARAMS), PARAMS)[1]

@@ -2,9 +2,12 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import chex
+import cloudpickle
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -57,7 +60,28 @@ def test_statistics_are_read_as_trees():
     bias = stats.sizes["dense"]["bias"]
     assert isinstance(bias, jax.Array) and bias.shape == ()
     assert_bits(optclip.ClipStats(stats.sizes, stats.limits).sizes, stats.sizes)
-    assert repr(stats).startswith("ClipStats(kept_sizes=Packed(") and repr(jax.tree.map(jnp.sum, stats))
+    assert repr(stats).startswith("ClipStats(kept_sizes=Packed_") and repr(jax.tree.map(jnp.sum, stats))
+
+
+LOADS = """
+import pickle, sys, jax, jax.numpy as jnp, optclip
+optclip.clip_by_leaf_norm(1.0).init({"some": 1.0, "other": 1.0, "state": 1.0})
+treedef = jax.tree.structure(optclip.clip_by_leaf_norm(1.0).init({"a": jnp.ones(3), "b": jnp.ones(2)}))
+for treedefs in map(pickle.loads, eval(sys.stdin.read())):
+    assert treedefs == [treedef, treedef]
+"""
+
+
+def test_structures_and_states_are_pickled_for_another_process():
+    """As those who store a compiled step, or call workers, do."""
+    state = optclip.clip_by_leaf_norm(1.0).init({"a": jnp.ones(3), "b": jnp.ones(2)})
+    treedef = jax.tree.structure(state)
+    dumps = [dump([treedef, treedef]) for dump in (pickle.dumps, cloudpickle.dumps)]
+    subprocess.run([sys.executable, "-c", LOADS], input=repr(dumps), text=True, check=True)
+    for dump in (pickle.dumps, cloudpickle.dumps):
+        again = pickle.loads(dump(state))
+        assert jax.tree.structure(again) == treedef
+        assert_bits(again, state)
 
 
 def test_states_of_one_structure_are_of_one_type_whoever_made_them():
