@@ -138,7 +138,7 @@ def _parts(state: ObserveState) -> tuple[PartRow, ...]:
 def _levels(state: ObserveState) -> tuple[float, ...]:
     """The geometric mean of the norm in each quarter of the run; shorter if quarters are empty."""
     stretches = -(-int(state.course.step) // int(state.course.stride))
-    level, count = (np.asarray(x, np.float64)[:stretches] for x in (state.course.level, state.course.count))
+    level, count = (np.asarray(x, np.float64)[:stretches] for x in (state.course.level, state.course.entered))
     quarters = zip(np.array_split(level, 4), np.array_split(count, 4), strict=True)
     return tuple(float(2 ** (np.sum(x * n) / np.sum(n))) for x, n in quarters if np.sum(n))
 

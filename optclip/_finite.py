@@ -1,7 +1,7 @@
 """States hold no infinity, for some pick between two states by arithmetic, and 0 * infinity is NaN.
 
 ``optax.contrib.sam`` does: ``cond * a + (1 - cond) * b``. Where a rule means infinity, its state has the largest number
-of the dtype.
+of the dtype, and for that the next smaller.
 """
 
 from functools import partial
@@ -14,7 +14,14 @@ import numpy as np
 
 def kept(tree: Any) -> Any:
     """The tree as a state keeps it; NaN stays."""
-    return jax.tree.map(lambda x: jnp.minimum(x, jnp.finfo(x.dtype).max) if _is_float(x) else x, tree)
+
+    def one(x: Any) -> Any:
+        if not _is_float(x):
+            return x
+        largest = jnp.finfo(x.dtype).max
+        return jnp.where(x == jnp.inf, largest, jnp.minimum(x, np.nextafter(largest, x.dtype.type(0))))
+
+    return jax.tree.map(one, tree)
 
 
 def meant(tree: Any) -> Any:
@@ -23,14 +30,14 @@ def meant(tree: Any) -> Any:
     def one(x: Any) -> Any:
         if not _is_float(x):
             return x
-        return _meant(x) if isinstance(x, jax.Array) else np.where(x >= np.finfo(x.dtype).max, x.dtype.type(np.inf), x)
+        return _meant(x) if isinstance(x, jax.Array) else np.where(x == jnp.finfo(x.dtype).max, x.dtype.type(np.inf), x)
 
     return jax.tree.map(one, tree)
 
 
 @partial(jax.jit, inline=True)  # or reading a state would move a constant to its device
 def _meant(x: jax.Array) -> jax.Array:
-    return jnp.where(x >= jnp.finfo(x.dtype).max, jnp.inf, x)
+    return jnp.where(x == jnp.finfo(x.dtype).max, jnp.inf, x)
 
 
 def _is_float(x: Any) -> bool:

@@ -49,13 +49,13 @@ class History(NamedTuple):
 
     Attributes:
       step: int32[S], updates seen, if the knob or the cap is a schedule; else ().
-      count: int32[S], values that entered since the start, or since patience last ran out.
+      entered: int32[S], values that entered since the start, or since patience last ran out.
       streak: int32[S], clips in a row.
       inner: the rule's own arrays.
     """
 
     step: Any
-    count: jax.Array
+    entered: jax.Array
     streak: jax.Array
     inner: Any
 
@@ -117,7 +117,7 @@ def history(
 
     def step(size: jax.Array, memory: History, **extra: Any) -> tuple[jax.Array, History]:
         del extra
-        count, inner = memory.count, memory.inner
+        count, inner = memory.entered, memory.inner
         resting = jnp.asarray(warmup_limit, size.dtype)
         allowed = limit(size, inner, count, resolve(knob, memory.step))
         learning = count < warmup

@@ -140,7 +140,7 @@ def _draw_sketch(figure: Any, state: ObserveState, limit: Any) -> Any:
     n = len(names) if len(names) > 1 else 0
     over_time, spread, below = _panels(figure, min(n, 12))
     stride, step = int(state.course.stride), int(state.course.step)
-    count, level = np.asarray(state.course.count), np.asarray(state.course.level, np.float64)
+    count, level = np.asarray(state.course.entered), np.asarray(state.course.level, np.float64)
     starts = np.arange(len(level) + 1) * stride
     values = np.where(count > 0, 2.0**level, np.nan)
     over_time.stairs(values, np.minimum(starts, step), baseline=None, color=BLUE, lw=1.6,

@@ -170,6 +170,14 @@ def test_optax_gets_through_a_state_to_set_what_lies_behind_it(case):
     assert_bits(optax.tree.set(after, learning_rate=jnp.float32(0.1)), state)
 
 
+@cases(wrapper=False)
+def test_optax_finds_the_count_of_the_optimizer_alone(case):
+    state = optax.chain(case.make(), optax.scale_by_adam()).init(PARAMS)
+    assert optax.tree.get(state, "count") == 0
+    after = optax.tree.set(state, count=jnp.int32(3))
+    assert_bits(after[0], state[0])
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """All states after three steps, saved and restored at once: by flax, pickle and orbax."""

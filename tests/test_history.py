@@ -34,7 +34,7 @@ def test_what_a_spike_feeds(feeding, fed):
     _, memory = limits(rule, [1.0] * 20 + [100.0])
     mean = 1.0 if fed is None else 0.9 * 1.0 + 0.1 * fed
     assert float(memory.inner.mean) == pytest.approx(mean, rel=1e-6)
-    assert int(memory.count) == (20 if fed is None else 21)
+    assert int(memory.entered) == (20 if fed is None else 21)
 
 
 def test_the_warm_up_has_a_static_limit_and_takes_raw_sizes():
@@ -48,7 +48,7 @@ def test_patience_counts_clips_in_a_row_and_starts_afresh():
     sizes = [1.0, 1.0, 9.0, 9.0, 1.0, 9.0, 9.0, 9.0, 9.0]
     out, memory = limits(rule, sizes)
     np.testing.assert_allclose(out, [np.inf, 2, 2, 2, 2, 2, 2, np.inf, 18])
-    assert int(memory.count) == 2
+    assert int(memory.entered) == 2
     held, _ = limits(ema_ratio(2.0, warmup=1, patience=None, feeding=accepted), sizes)
     np.testing.assert_allclose(held[1:], 2.0)
 
@@ -56,7 +56,7 @@ def test_patience_counts_clips_in_a_row_and_starts_afresh():
 def test_zeros_are_no_news_unless_patience_is_off():
     _, mended = limits(ema_ratio(2.0, warmup=1), [1.0, 0.0, 0.0])
     _, paper = limits(ema_ratio(2.0, warmup=1, patience=None), [1.0, 0.0, 0.0])
-    assert int(mended.count) == 1 and int(paper.count) == 3
+    assert int(mended.entered) == 1 and int(paper.entered) == 3
     assert float(mended.inner.mean) == 1.0 and float(paper.inner.mean) < 0.5
 
 

@@ -104,7 +104,7 @@ def test_course_against_numpy(seen):
     for i in range(STEPS // stride):
         part = norms[i * stride : (i + 1) * stride]
         logs = np.log2(part[np.isfinite(part) & (part > 0)])
-        assert int(state.course.count[i]) == len(logs)
+        assert int(state.course.entered[i]) == len(logs)
         assert float(state.course.level[i]) == pytest.approx(logs.mean(), abs=1e-4)
 
 
@@ -169,8 +169,8 @@ def test_merge_is_the_run_of_both():
     exact = lambda state: (state.norm, state.parts, state.peak)
     jax.tree.map(np.testing.assert_array_equal, exact(merged), exact(want))
     np.testing.assert_allclose(merged.share, want.share, rtol=1e-5)
-    assert int(merged.course.count.sum()) == int(want.course.count.sum())
-    total = lambda c: float((c.level * c.count).sum())
+    assert int(merged.course.entered.sum()) == int(want.course.entered.sum())
+    total = lambda c: float((c.level * c.entered).sum())
     assert total(merged.course) == pytest.approx(total(want.course), rel=1e-4)
     again, _ = jax.jit(tx.update)(jax.tree.map(lambda x: x[0], a), merged)[::-1]  # it goes on
     assert int(again.norm.counts.sum()) == int(merged.norm.counts.sum()) + 1

@@ -21,13 +21,13 @@ class EmaFromMin(NamedTuple):
 
     Attributes:
       step: int32[S], updates seen, if the ratio is a schedule; else ().
-      count: int32[S], values that entered since the start, or since patience last ran out.
+      entered: int32[S], values that entered since the start, or since patience last ran out.
       streak: int32[S], far clips in a row.
       mean: float32[S], the smallest value of the warm-up (gamma), and after it the moving average.
     """
 
     step: Any
-    count: jax.Array
+    entered: jax.Array
     streak: jax.Array
     mean: jax.Array
 
@@ -77,7 +77,7 @@ def ema_from_min(
         over = total > cap
         share = jnp.where(over, cap, 1) / jnp.where(over, total, 1)
         resting = jnp.where(over, jnp.maximum(size * share, tiny), jnp.inf)
-        count, mean = memory.count, memory.mean
+        count, mean = memory.entered, memory.mean
         factor = resolve(ratio, memory.step)
         learning = count < jnp.maximum(warmup, 1)
         allowed = jnp.where(learning, jnp.where(warmup, resting, jnp.inf), _numerics.times(factor, mean))

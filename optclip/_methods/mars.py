@@ -19,13 +19,13 @@ class MarsState(NamedTuple):
     Attributes:
       clip: a `ClipState` with the statistics of the clip.
       step: an int32 step count if gamma is a schedule; else ().
-      count: int32[leaves], gradients that were remembered.
+      entered: int32[leaves], gradients that were remembered.
       last: the tree of the updates, float32: the last gradient.
     """
 
     clip: ClipState
     step: Any
-    count: jax.Array
+    entered: jax.Array
     last: Any
 
 
@@ -80,12 +80,12 @@ def mars_clip(
         leaves, treedef = jax.tree.flatten(updates)
         (strength,), step = knob.update(list(filter(_numerics.is_gradient, leaves)), state.step)
         last = treedef.flatten_up_to(state.last)
-        weights = jnp.where(state.count > 0, strength * b1 / (1 - b1), 0)
+        weights = jnp.where(state.entered > 0, strength * b1 / (1 - b1), 0)
         corrected = treedef.unflatten(map(_correct, leaves, last, weights))
         out, clipped = clip.update(corrected, state.clip, params, **extra)
         fine = _elementwise.finite(leaves)
         last = treedef.unflatten(map(_remember, leaves, last, fine))
-        count = state.count + fine.astype(jnp.int32)
+        count = state.entered + fine.astype(jnp.int32)
         return _elementwise.cast_back(out, updates), MarsState(clipped, step, count, cast_tree(last, state.last))
 
     return transformation(init, update, MarsState)

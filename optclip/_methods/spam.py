@@ -20,12 +20,12 @@ class Spikes(NamedTuple):
 
     Attributes:
       step: an int32 step count if theta is a schedule; else ().
-      count: int32[leaves], updates that entered.
+      entered: int32[leaves], updates that entered.
       rms: the tree of the sizes, float32: the square root of the moving average of the square, from 0.
     """
 
     step: Any
-    count: jax.Array
+    entered: jax.Array
     rms: Any
 
 
@@ -69,14 +69,14 @@ def spike_ratio(
         fine = _elementwise.finite(leaves)
         limits, moments = [], []
         for i, (size, rms) in enumerate(zip(leaves, treedef.flatten_up_to(memory.rms), strict=True)):
-            free = memory.count[i] < warmup
+            free = memory.entered[i] < warmup
             free = free | (rms == 0) if wake else free
             allowed = jnp.where(free, jnp.inf, _numerics.times(jnp.sqrt(value), rms))
             fed = feeding(size, allowed)
             moment = _elementwise.root_mean(decay, rms, jnp.where(jnp.isfinite(fed), fed, rms))
             limits.append(jnp.where(fine[i], allowed, jnp.nan))
             moments.append(jnp.where(fine[i], moment, rms))
-        count = memory.count + fine.astype(jnp.int32)
+        count = memory.entered + fine.astype(jnp.int32)
         return treedef.unflatten(limits), Spikes(after, count, treedef.unflatten(moments))
 
     return Threshold(init, update)

@@ -19,13 +19,13 @@ class StableAdamWState(NamedTuple):
 
     Attributes:
       clip: a `ClipState` with the statistics of the clip.
-      count: int32[leaves], gradients that entered.
+      entered: int32[leaves], gradients that entered.
       rms: the tree of the updates, float32: the square root of the moving average of the square, from 0.
       inner: the state of the optimizer.
     """
 
     clip: ClipState
-    count: jax.Array
+    entered: jax.Array
     rms: Any
     inner: Any
 
@@ -89,7 +89,7 @@ def stable_adamw_clip(
     def update(updates: Any, state: StableAdamWState, params: Any = None, **extra: Any) -> tuple[Any, StableAdamWState]:
         leaves, treedef = jax.tree.flatten(updates)
         fine = _elementwise.finite(leaves)
-        count = state.count + fine.astype(jnp.int32)
+        count = state.entered + fine.astype(jnp.int32)
         rows = zip(leaves, treedef.flatten_up_to(state.rms), count, fine, strict=True)
         pairs = [_one(*row, decay, eps) for row in rows]
         ratios, rms = (treedef.unflatten([pair[i] for pair in pairs]) for i in range(2))

@@ -70,13 +70,13 @@ class Moments(NamedTuple):
     """The memory of `moment_ratio`; S is the shape of the sizes.
 
     Attributes:
-      count: int32[S], sizes that entered.
+      entered: int32[S], sizes that entered.
       streak: int32[S], throttled steps in a row.
       mean: float32[S], the moving average of the sizes, from 0 (m).
       rms: float32[S], the square root of that of their squares, from 0 (the root of v).
     """
 
-    count: jax.Array
+    entered: jax.Array
     streak: jax.Array
     mean: jax.Array
     rms: jax.Array
@@ -122,7 +122,7 @@ def moment_ratio(
 
     def step(size: jax.Array, memory: Moments, **extra: Any) -> tuple[jax.Array, Moments]:
         del extra
-        count, old = memory.count, memory
+        count, old = memory.entered, memory
         scale = jnp.sqrt(mass(b2, jnp.maximum(count, 1), size.dtype)) if debias else 1
         value = feeding(size, jnp.where(count > 0, old.rms / scale, jnp.inf))
         enters = jnp.isfinite(value) if patience is None else jnp.isfinite(value) & (value > 0)
