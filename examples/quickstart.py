@@ -4,9 +4,10 @@ A recurrent network reads scikit-learn's handwritten digits pixel by pixel, so i
 time and really explode. It is trained by SGD with momentum without clipping, with clipnorm, with clipvalue and with
 AGC, over a range of learning rates, from the same start and on the same batches.
 
-Typical answer: without clipping the largest learning rate that trains is 0.003; with clipnorm and with AGC it is 0.3,
-with clipvalue 0.1, and all three end more accurate. The limits lie below the usual norm, so nearly every step is
-clipped: in this network the size of the gradient says more about explosion than about how far to go.
+Typical answer: without clipping the largest learning rate that trains is 0.003; with clipnorm and clipvalue it is 0.03,
+with AGC 0.1 to 0.3; at their best they end as accurate or more so, to what the seed decides. The limits lie at the low
+end of the norms, so most steps are clipped: in this network the size of the gradient says more about explosion than
+about how far to go.
 
     python examples/quickstart.py            # about a minute on two cores; writes out/quickstart.png and .json
 """
@@ -129,7 +130,7 @@ def picture(runs: list[dict], rate: float, path: pathlib.Path) -> None:
         (shown,) = [r for r in mine if r["rate"] == rate]
         smooth = np.convolve(shown["loss"], np.ones(10) / 10, "valid")
         left.plot(np.arange(len(smooth)) + 10, smooth, color=color, lw=1.8, label=method)
-        middle.plot(shown["norm"], color=color, lw=0.9, alpha=0.9)
+        middle.plot(shown["norm"], color=color, lw=0.9, alpha=0.9, zorder=3 if method == "no clipping" else 2)
         right.plot([r["rate"] for r in mine], [100 * r["accuracy"] for r in mine], "o-", color=color, lw=1.8, ms=4)
     left.axhline(math.log(10), color="0.6", lw=1, ls=":")
     left.text(1, math.log(10), " chance", color="0.45", va="bottom", fontsize=8)
@@ -137,13 +138,14 @@ def picture(runs: list[dict], rate: float, path: pathlib.Path) -> None:
     left.set_ylim(0, 5)
     left.legend(frameon=False, loc="upper right")
     middle.axhline(MAX_NORM, color=COLORS["clipnorm"], lw=1.5, ls="--")
-    middle.text(1, MAX_NORM, f" clipnorm limit {MAX_NORM}", color=COLORS["clipnorm"], va="bottom", fontsize=8)
+    middle.text(1, MAX_NORM * 0.93, f" clipnorm limit {MAX_NORM}", color=COLORS["clipnorm"], va="top", fontsize=8)
+    middle.set_ylim(bottom=MAX_NORM / 3)
     middle.set(title="Gradient norm before the clip", xlabel="step", ylabel="L2 norm", yscale="log")
     right.axhline(100 * TRAINS, color="0.6", lw=1, ls=":")
     right.text(
         1,
         100 * TRAINS,
-        "counts as trained ",
+        "counts as trained",
         color="0.45",
         va="bottom",
         ha="right",
@@ -162,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rates", type=float, nargs="+", default=RATES)
-    parser.add_argument("--show", type=float, help="the learning rate drawn over time (default: 0.1 or the largest)")
+    parser.add_argument("--show", type=float, help="the learning rate drawn over time (default: 0.03 or the largest)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("out"))
     args = parser.parse_args()
@@ -174,7 +176,7 @@ def main() -> None:
                 bar.set_description(f"{method} at {rate}")
                 runs.append(run(method, rate, args.steps, args.seed, bar))
     print(f"\n{args.steps} steps; a learning rate trains if the test accuracy reaches {TRAINS:.0%}.\n\n{table(runs)}\n")
-    show = args.show or (0.1 if 0.1 in args.rates else max(args.rates))
+    show = args.show or (0.03 if 0.03 in args.rates else max(args.rates))
     picture(runs, show, args.out / "quickstart.png")
     numbers = [{k: r[k] for k in ("method", "rate", "final loss", "accuracy")} for r in runs]
     result = {"steps": args.steps, "seed": args.seed, "jax": jax.__version__, "runs": numbers}

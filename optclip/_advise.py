@@ -90,10 +90,10 @@ class Advice:
 def advise(opt_state: Any) -> Advice:
     """Reads the sketch in an optimizer state: what a limit would have done, which leaves matter, what to try.
 
-    The suggestion is a rule of thumb, spelled out: a leaf with half of the squared norm (or 90 % of it in the largest
-    step) asks for a limit per leaf; a level that moved threefold between quarters of the run for a limit that follows;
-    else one fixed limit does, at p99 if the tail is light (p99 < 3 p50), p95, or p90 if it is heavy (p99 > 10 p50).
-    NaN or infinity asks for `skip_nonfinite` around the optimizer.
+    The suggestion is a rule of thumb, spelled out: of four leaves or more, one with half of the squared norm (or 90 %
+    of it in the largest step) asks for a limit per leaf; a level that moved threefold between quarters of the run for a
+    limit that follows; else one fixed limit does, at p99 if the tail is light (p99 < 3 p50), p95, or p90 if it is heavy
+    (p99 > 10 p50). NaN or infinity asks for `skip_nonfinite` around the optimizer.
 
     When to use: after some hundred steps with `observe` in the chain, unclipped if the run allows it. All fractions
     speak of the run that was seen: a clipped run takes another course, often with smaller norms.

@@ -28,7 +28,7 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
 
     Args:
       opt_state: any optimizer state.
-      per_leaf: whether to add the size and limit of every group, leaf or unit array under its path.
+      per_leaf: whether to add the size and limit of every group, leaf or unit array (as an array) under its path.
 
     Returns:
       A flat dict of scalars; of a state stacked by ``jax.vmap`` ask for ``jax.vmap(summary)(state)``. For the first
@@ -48,7 +48,8 @@ def summary(opt_state: Any, *, per_leaf: bool = False) -> dict[str, Any]:
       ``clip_1``, ``clip_2``, ...; a name from ``named_chain`` or ``partition`` comes between: ``clip/<name>/...``.
       Clippers that record nothing (unit and element scope by default) are left out.
 
-      Guards are named ``skip``, ``skip_1``, ... and ``zero``, ... in the same way:
+      Guards are named ``skip``, ``skip_1``, ... and ``zero``, ... in the same way, the outer before the inner. What
+      lies inside a guard that has skipped tells of the last step it was given, so count by differences of ``total``:
 
       ================================ ===========================================================================
       ``skip/skipped``                 1.0 if the last step was skipped, else 0.0

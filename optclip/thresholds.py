@@ -18,7 +18,7 @@ rule               limit                                                   memor
 `window_zscore`    mean + z * std over a window                            window + 2
 `percentile`       a percentile of a window, this size included            window + 2
 `past_percentile`  a percentile of a full window before this size, capped  window + 2
-`order_statistic`  the k-th smallest of a window, this size included       window + 2
+`order_statistic`  the k-th smallest, from 0, of a window with this size   window + 2
 `median_ratio`     ratio * median of a window, drawn once per window       window + 3
 `quantile_tracker` ratio * quantile, tracked by one number                 3
 ================== ======================================================= ================

@@ -185,3 +185,31 @@ def test_a_rule_that_is_told_its_limit_needs_it_at_updates_only():
     np.testing.assert_allclose(update, np.full(4, 0.5), rtol=1e-6)
     with pytest.raises(ValueError, match="does not fit its size"):
         tx.update(jnp.full(4, 2.0), tx.init(jnp.ones(4)), value=jnp.ones(4))
+
+
+def test_the_state_of_another_clipper_is_refused():
+    fixed, moving, steps = (optclip.clip_by_global_norm(1.0), optclip.clip_by_ema(2.0), lambda count: 1.0)
+    for tx, other in ((fixed, moving), (moving, fixed), (optclip.clip_by_global_norm(steps), fixed)):
+        with pytest.raises(TypeError, match="the state of another one, which remembers"):
+            tx.update(GRADS[0], other.init(PARAMS))
+
+
+def test_a_rule_that_breaks_its_form_is_told():
+    tell = lambda rule: jax.eval_shape(
+        lambda g: (tx := optclip.clip_by(measures.global_norm, rule)).update(g, tx.init(g)), GRADS[0]
+    )
+    with pytest.raises(TypeError, match="memory of a rule was int32 and would become float32"):
+        tell(thresholds.Threshold(lambda s: jnp.zeros((), jnp.int32), lambda s, m, p, **e: (jnp.inf, 0.9 * m + s)))
+    with pytest.raises(TypeError, match=r"must return \(limits, memory\)"):
+        tell(thresholds.Threshold(lambda s: (), lambda s, m, p, **e: s))
+    with pytest.raises(
+        ValueError, match=r"numbers the rule remembers do not fit the state.*got \[\(3,\)\], had \[\(2,\)\]"
+    ):
+        tell(thresholds.Threshold(lambda s: jnp.zeros(2), lambda s, m, p, **e: (s, jnp.zeros(3))))
+    with pytest.raises(TypeError, match=r"zscore.*makes a rule and is none: call it"):
+        tell(thresholds.zscore)
+
+
+def test_a_response_that_is_not_made_yet_is_refused():
+    with pytest.raises(TypeError, match=r"response must be a function of \(update, size, limit\).*does it make one"):
+        optclip.clip_by(measures.global_norm, 1.0, responses.floored)

@@ -1,5 +1,6 @@
 """Groups, exemptions and stacked layers: each line of the README's table does what it says, for every kind of tree."""
 
+import warnings
 from functools import partial
 from typing import NamedTuple
 
@@ -285,3 +286,14 @@ def test_stacked_layers_are_clipped_one_by_one(rule, layers):
     for i in range(3):
         one = apply(STACKED_RULES[rule](), take(grads, i), take(params, i))
         chex.assert_trees_all_close(take(stacked, i), one, rtol=1e-6)
+
+
+def test_a_pattern_that_is_found_nowhere_is_warned_of():
+    tree = {"params": {"head": jnp.ones(2), "body": jnp.ones(3)}}
+    with pytest.warns(UserWarning, match=r"by_path: '\^head/' is found in no path.*such as 'params/body'"):
+        by_path({"^head/": False, "body": False}, True)(tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        by_path({"head": False}, True)(tree)
+        by_path({"head": False}, True)({"head": optax.MaskedNode(), "body": jnp.ones(2)})  # of another group
+        by_path({"head": False}, True)({})

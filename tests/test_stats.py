@@ -147,3 +147,10 @@ def test_leaves_whose_paths_read_alike_have_a_row_each():
     got = optclip.summary(tx.update(tree, tx.init(tree))[1], per_leaf=True)
     sizes = {key: float(value) for key, value in got.items() if key.startswith("clip/preclip_norm/")}
     assert sizes == {"clip/preclip_norm/": 1.0, "clip/preclip_norm/a/b": 6.0, "clip/preclip_norm/a/b#2": 2.0}
+
+
+def test_of_equal_sizes_the_smallest_limit_is_told():
+    tree = {"m": jnp.ones((2, 2)), "v": jnp.ones(4)}
+    tx = optclip.clip_by_global_norm(optclip.by_leaf(lambda path, x: jnp.inf if x.ndim == 2 else 1.0))
+    said = optclip.summary(tx.update(tree, tx.init(tree))[1])
+    assert said["clip/limit"] == 1.0 and said["clip/clipped"] == 1.0

@@ -79,7 +79,7 @@ def percentile_clipping(
     warmup_limit: Any = jnp.inf,
     patience: int | None = 1000,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scales each leaf down to the ``percentile``-th smallest of its last 100 norms (bitsandbytes).
+    """Scales each leaf down to the ``percentile``-th smallest, from 0, of its last 100 norms (bitsandbytes).
 
     c_i = sorted(n_{i,t-99}, ..., n_{i,t})[percentile],  g_i <- g_i * min(1, c_i / ||g_i||)
 

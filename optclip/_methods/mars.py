@@ -32,7 +32,7 @@ class MarsState(NamedTuple):
 def mars_clip(
     max_norm: Any = 1.0, gamma: Any = 0.025, b1: float = 0.95, *, measure: Measure | None = None, record: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Adds to the gradient its change since the last step, and scales each leaf down to unit norm (MARS).
+    """Adds to the gradient its change since the last step, and clips each leaf to norm 1 (MARS).
 
     c = g_t + gamma * b1 / (1 - b1) * (g_t - g_{t-1}),  u_i = c_i * min(1, max_norm / ||c_i||)
 

@@ -9,6 +9,7 @@ import optax
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import optclip
 from optclip import per_example
 from optclip.per_example import adapt_limit, add_gaussian_noise, split_budget, split_budget_by_size
 from tests.meshes import devices
@@ -164,3 +165,13 @@ def test_bad_arguments_are_named(argument, value):
 def test_any_integer_makes_a_key(seed):
     made, plain = (add_gaussian_noise(1.0, 1.0, 1.0, key).init({}).key for key in (seed, 3))
     np.testing.assert_array_equal(jax.random.key_data(made), jax.random.key_data(plain))
+
+
+def test_patterns_are_to_be_made_a_tree():
+    limits = optclip.by_path({"bias": 0.1}, 1.0)
+    for make in (
+        lambda: per_example.add_gaussian_noise(1.0, limits, 1, key=0),
+        lambda: per_example.clipped_value_and_grad(lambda p, b: 0.0, limits),
+    ):
+        with pytest.raises(TypeError, match=r"max_norm must be a tree here: pass by_path\(...\)\(params\)"):
+            make()
