@@ -1,4 +1,17 @@
-"""Gradient clipping for JAX: norm, value and adaptive clipping as composable Optax transformations."""
+"""Gradient clipping for JAX: norm, value and adaptive clipping as composable Optax transformations.
+
+============================================= ===========================================================
+methods, to chain in front of an optimizer    `clip_by_global_norm`, `clip`, `adaptive_grad_clip`, `zclip`, ...
+of your own                                   `clip_by`, from `measures`, `thresholds` and `responses`
+without a chain                               `clip_tree`, `global_norm`
+around a whole optimizer                      `skip_nonfinite`, `skip_spikes`, ... (`wrappers`)
+which leaves                                  `by_path`, `by_leaf`
+what happened                                 `summary`, `worst_leaf`
+what a limit would do                         `observe`, `advise`, `plot`
+each example by itself                        `per_example`
+Flax's ``TrainState``                         ``optclip.flax``, to be imported by name
+============================================= ===========================================================
+"""
 
 from optclip import measures, per_example, responses, sketch, thresholds, wrappers
 from optclip._advise import Advice, advise

@@ -18,15 +18,25 @@ __all__ = ["PerExample", "clipped_value_and_grad", "unclipped_fraction", "value_
 
 
 class PerExample(NamedTuple):
-    """What was measured, example by example. B is the number of examples; *tree* is the structure of ``max_norm``."""
+    """What was measured, example by example. B is the number of examples; *tree* is the structure of ``max_norm``.
 
-    losses: jax.Array  # [B]
-    norms: Any  # tree of [B]: gradient norms before clipping
-    coefs: Any  # tree of [B]: what each gradient was multiplied by; 0 for padding and dropped examples
-    aux: Any  # the loss function's aux with a leading [B]; None without has_aux
-    num_examples: jax.Array  # int32: examples that are not padding
-    num_nonfinite: jax.Array  # int32: examples whose loss or gradient norm is not finite
-    clipped_fraction: Any  # tree of scalars: share of the num_examples whose coefficient is below 1
+    Attributes:
+      losses: [B].
+      norms: tree of [B], gradient norms before clipping, padding included.
+      coefs: tree of [B], what each gradient was multiplied by; 0 for padding and dropped examples.
+      aux: the loss function's aux with a leading [B]; None without ``has_aux``.
+      num_examples: int32, examples that are not padding.
+      num_nonfinite: int32, those of them whose loss or gradient norm is not finite.
+      clipped_fraction: tree of scalars, the share of the num_examples whose coefficient is below 1.
+    """
+
+    losses: jax.Array
+    norms: Any
+    coefs: Any
+    aux: Any
+    num_examples: jax.Array
+    num_nonfinite: jax.Array
+    clipped_fraction: Any
 
 
 def clipped_value_and_grad(
