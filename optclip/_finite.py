@@ -4,6 +4,7 @@
 of the dtype, and for that the next smaller.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -16,23 +17,19 @@ def kept(tree: Any) -> Any:
     """The tree as a state keeps it; NaN stays."""
 
     def one(x: Any) -> Any:
-        if not _is_float(x):
-            return x
         largest = jnp.finfo(x.dtype).max
         return jnp.where(x == jnp.inf, largest, jnp.minimum(x, np.nextafter(largest, x.dtype.type(0))))
 
-    return jax.tree.map(one, tree)
+    return _map_floats(one, tree)
 
 
 def meant(tree: Any) -> Any:
     """What is meant by a tree from a state; what is no array, such as a shape or a sharding, stands as it is."""
 
     def one(x: Any) -> Any:
-        if not _is_float(x):
-            return x
         return _meant(x) if isinstance(x, jax.Array) else np.where(x == jnp.finfo(x.dtype).max, x.dtype.type(np.inf), x)
 
-    return jax.tree.map(one, tree)
+    return _map_floats(one, tree)
 
 
 @partial(jax.jit, inline=True)  # or reading a state would move a constant to its device
@@ -40,5 +37,7 @@ def _meant(x: jax.Array) -> jax.Array:
     return jnp.where(x == jnp.finfo(x.dtype).max, jnp.inf, x)
 
 
-def _is_float(x: Any) -> bool:
-    return isinstance(x, (jax.Array, np.ndarray, np.generic)) and jnp.issubdtype(x.dtype, jnp.floating)
+def _map_floats(change: Callable[[Any], Any], tree: Any) -> Any:
+    arrays = jax.Array, np.ndarray, np.generic
+    is_float = lambda x: isinstance(x, arrays) and jnp.issubdtype(x.dtype, jnp.floating)
+    return jax.tree.map(lambda x: change(x) if is_float(x) else x, tree)

@@ -14,7 +14,10 @@ BLOCK = 32  # numbers that XLA:CPU compares and counts side by side
 
 
 class Window(NamedTuple):
-    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered."""
+    """The last values of each size, float32[S + (window,)], in a ring; infinite where none has entered.
+
+    In a state the largest number stands for infinity (see `_finite`).
+    """
 
     values: jax.Array
 

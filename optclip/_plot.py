@@ -149,8 +149,8 @@ def _draw_sketch(figure: Any, state: ObserveState, limit: Any) -> Any:
     if np.isfinite(limits[-1]):
         above = 100 * float(sketch.fraction_above(state.norm, limits[-1]))
         over_time.axhline(limits[-1], color=ORANGE, lw=1.6, label=f"limit (clips {above:.3g} % of the steps)")
-    low, high = float(state.norm.low), float(state.norm.high)
-    ends = np.array([x for x in (low, high) if 0 < x < float(np.finfo(np.float32).max)])
+    low, high = float(meant(state.norm.low)), float(state.norm.high)
+    ends = np.array([x for x in (low, high) if 0 < x < np.inf])
     _time_axis(over_time, ends, limits)
     over_time.set_xlabel("step")
     edges, counts = sketch.edges(state.norm), np.asarray(state.norm.counts)

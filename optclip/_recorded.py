@@ -123,11 +123,11 @@ def cast_tree(new: Any, old: Any, what: str = "updates") -> Any:
     return jax.tree.map(one, new, old)
 
 
-def _shapes(kept: Any) -> Any:
-    """The tree that is kept, or, where it is packed, its shapes: nothing is taken apart."""
-    if not isinstance(kept, Packed):
-        return kept
-    return _unpack(kept._replace(numbers=jax.ShapeDtypeStruct(kept.numbers.shape, kept.numbers.dtype)))
+def _shapes(old: Any) -> Any:
+    """The tree that a state keeps, or, where it is packed, its shapes: nothing is taken apart."""
+    if not isinstance(old, Packed):
+        return old
+    return _unpack(old._replace(numbers=jax.ShapeDtypeStruct(old.numbers.shape, old.numbers.dtype)))
 
 
 def plain(tree: Any) -> Any:

@@ -77,27 +77,24 @@ class PerLeaf:
             raise TypeError(
                 "by_path and by_leaf give a value to each leaf of a tree, and no number per step: here is one"
             )
-        leaves, treedef = jax.tree.flatten_with_path(tree)
-        places = jax.tree.leaves_with_path(tree, is_leaf=lambda x: x is None or isinstance(x, optax.MaskedNode))
-        names = path_strings([path for path, _ in leaves], [path for path, _ in places])
-        if leaves:
-            self._warn(names + path_strings([path for path, _ in places]))
-        return treedef.unflatten(map(self.choose, names, [leaf for _, leaf in leaves]))
-
-    def _warn(self, names: list[str]) -> None:
-        for pattern in self.patterns:
+        empty = lambda x: x is None or isinstance(x, optax.MaskedNode)
+        places = jax.tree.leaves_with_path(tree, is_leaf=empty)
+        names = path_strings([path for path, _ in places])
+        leaves = [(name, x) for name, (_, x) in zip(names, places, strict=True) if not empty(x)]
+        for pattern in self.patterns if leaves else ():
             if not any(map(pattern.search, names)):
-                said = f"by_path: {pattern.pattern!r} is found in no path of this tree; they are such as {names[0]!r}"
-                warnings.warn(said, stacklevel=3)
+                said = f"{pattern.pattern!r} is found in no path of this tree; they are such as {leaves[0][0]!r}"
+                warnings.warn(f"by_path: {said}", stacklevel=2)
+        return jax.tree.structure(tree).unflatten(self.choose(name, x) for name, x in leaves)
 
 
-def path_strings(paths: Sequence[Any], places: Sequence[Any] | None = None) -> list[str]:
+def path_strings(paths: Sequence[Any]) -> list[str]:
     """The key paths of all leaves of a tree as names joined by slashes.
 
     Without the attribute ``value`` that wrapped variables add: it has no sibling, as the value of an attention has.
-    ``places`` are the paths to look for siblings among, where some are not filled by leaves.
+    Siblings are looked for among ``paths``, to which those of places without a leaf belong.
     """
-    below = Counter(path[:n] for path in (paths if places is None else places) for n in range(len(path)))
+    below = Counter(path[:n] for path in paths for n in range(len(path)))
 
     def string(path: Any) -> str:
         names = [str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path]
